@@ -1,0 +1,19 @@
+"""Functions on tensors: what the blocks compute, in plain PyTorch and, where it serves, compiled."""
+
+from foveal.ops.attention import aggregated_attention
+from foveal.ops.backend import backend, current_backend
+from foveal.ops.gate import depthwise_gate
+from foveal.ops.pool import activate_and_pool
+from foveal.ops.position_bias import PositionBias
+from foveal.ops.window import window_scores, window_sum
+
+__all__ = [
+    "PositionBias",
+    "activate_and_pool",
+    "aggregated_attention",
+    "backend",
+    "current_backend",
+    "depthwise_gate",
+    "window_scores",
+    "window_sum",
+]

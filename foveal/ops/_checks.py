@@ -1,0 +1,47 @@
+"""Checks at the door: what is wrong with an argument, what was got and what is accepted."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_shape(name: str, x: Tensor, expected: Sequence[int], axes: str) -> None:
+    """Raise unless ``x`` has the expected shape; ``axes`` spells it out for the reader."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {axes} = {tuple(expected)}, got {tuple(x.shape)}")
+
+
+def check_dim(name: str, x: Tensor, axes: str) -> None:
+    """Raise unless ``x`` has as many dimensions as ``axes`` names, like ``"(B, H, W, C)"``."""
+    if x.dim() != axes.count(",") + 1:
+        raise ValueError(f"{name} must have shape {axes}, got {tuple(x.shape)}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """Raise unless all tensors share the dtype of the first, which must be floating point."""
+    (first, reference), *others = tensors.items()
+    check_floating(first, reference)
+    for name, x in others:
+        if x.dtype != reference.dtype:
+            raise TypeError(f"{name} must have the dtype of {first}, {reference.dtype}, got {x.dtype}")
+
+
+def check_window_size(window_size: int) -> None:
+    if not isinstance(window_size, int) or window_size < 1 or window_size % 2 == 0:
+        raise ValueError(f"window_size must be an odd positive integer, got {window_size!r}")
+
+
+def check_grid(name: str, grid: Sequence[int]) -> None:
+    if len(grid) != 2 or not all(isinstance(side, int | torch.SymInt) for side in grid) or min(grid) < 1:
+        raise ValueError(f"{name} must be two positive integers (rows, columns), got {grid!r}")
+
+
+def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")

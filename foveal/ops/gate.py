@@ -1,0 +1,82 @@
+"""The heart of ConvGLU: a depthwise convolution, an activation and a product, in one pass."""
+
+import torch
+from torch import Tensor
+
+from foveal.ops import reference
+from foveal.ops._checks import check_choice, check_dim, check_floating, check_shape
+from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+
+
+def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gelu") -> Tensor:
+    """Gate one half of the channels with the other, after a depthwise convolution (equation 19).
+
+    Equivalent to::
+
+        gate, value = x.chunk(2, dim=-1)
+        gate = F.conv2d(gate.permute(0, 3, 1, 2), weight, bias, padding=k // 2, groups=C).permute(0, 2, 3, 1)
+        return act(gate) * value
+
+    Args:
+        x: ``(B, H, W, 2C)``, the gate's channels first.
+        weight: ``(C, 1, k, k)``, k odd; may differ from x in dtype.
+        bias: ``(C,)`` or None.
+        act: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
+
+    Returns:
+        ``(B, H, W, C)`` in the dtype of x; computed in float32 for half types.
+    """
+    check_dim("x", x, "(B, H, W, 2C)")
+    check_floating("x", x)
+    check_dim("weight", weight, "(C, 1, k, k)")
+    channels, _, size, _ = weight.shape
+    if size % 2 == 0:
+        raise ValueError(f"weight must have an odd kernel size, got {size}")
+    check_shape("weight", weight, (channels, 1, size, size), "(C, 1, k, k)")
+    if x.shape[-1] != 2 * channels:
+        raise ValueError(f"x must have 2C = {2 * channels} channels for a weight of C = {channels}, got {x.shape[-1]}")
+    if bias is not None:
+        check_shape("bias", bias, (channels,), "(C,)")
+    check_choice("act", act, tuple(reference.ACTIVATIONS))
+    return reference.depthwise_gate(x, weight, bias, act)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _flops(x, weight, bias, act, *, out_shape=None) -> int:
+    batch, height, width, channels = x
+    return batch * height * width * channels * weight[-1] ** 2
+
+
+def _backward(grad, x, weight, bias, act, wanted) -> tuple[Tensor, ...]:
+    return gradients(lambda *inputs: reference.depthwise_gate(*inputs, act), (x, weight, bias), wanted, grad)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.act = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _autograd(ctx, grad):
+    wanted = wanted_mask(ctx.needs_input_grad[:3])
+    grads = torch.ops.foveal.depthwise_gate_backward(grad, *ctx.saved_tensors, ctx.act, wanted)
+    return *only_wanted(grads, wanted), None
+
+
+declare(
+    "depthwise_gate",
+    "(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor",
+    default=lambda *args: reference.depthwise_gate(*args).contiguous(),
+    fake=_fake,
+    flops=_flops,
+)
+declare(
+    "depthwise_gate_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str act, int wanted) -> (Tensor, Tensor, Tensor)",
+    default=_backward,
+    fake=lambda grad, x, weight, bias, act, wanted: fake_gradients((x, weight, bias), wanted, grad),
+    flops=lambda grad, *args, out_shape=None: 2 * _flops(*args[:4]),
+)
+declare_gradient("depthwise_gate", _setup_context, _autograd)

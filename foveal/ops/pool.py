@@ -1,0 +1,64 @@
+"""Activation and adaptive average pooling in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveal.ops import reference
+from foveal.ops._checks import check_choice, check_dim, check_floating, check_grid
+from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients
+
+
+def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu") -> Tensor:
+    """Activate a map and average it over a coarser grid (the inner part of equation 5).
+
+    Equivalent to ``F.adaptive_avg_pool2d(act(x).permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)``: bin a of Hp covers
+    the rows floor(a H / Hp) to ceil((a + 1) H / Hp) - 1, so bins overlap where the sizes do not divide.
+
+    Args:
+        x: ``(B, H, W, C)``.
+        grid: the pooled grid (Hp, Wp), rows and columns.
+        act: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
+
+    Returns:
+        ``(B, Hp, Wp, C)`` in the dtype of x; computed in float32 for half types.
+    """
+    check_dim("x", x, "(B, H, W, C)")
+    check_floating("x", x)
+    check_grid("grid", grid)
+    check_choice("act", act, tuple(reference.ACTIVATIONS))
+    return reference.activate_and_pool(x, grid, act)
+
+
+def _fake(x: Tensor, grid: Sequence[int], act: str) -> Tensor:
+    return x.new_empty((x.shape[0], *grid, x.shape[-1]))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, ctx.grid, ctx.act = inputs
+    ctx.save_for_backward(x)
+
+
+def _autograd(ctx, grad):
+    return torch.ops.foveal.activate_and_pool_backward(grad, *ctx.saved_tensors, ctx.act), None, None
+
+
+def _backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
+    grid = grad.shape[1:3]
+    return gradients(lambda value: reference.activate_and_pool(value, grid, act), (x,), 1, grad)[0]
+
+
+declare(
+    "activate_and_pool",
+    "(Tensor x, SymInt[] grid, str act) -> Tensor",
+    default=lambda *args: reference.activate_and_pool(*args).contiguous(),
+    fake=_fake,
+)
+declare(
+    "activate_and_pool_backward",
+    "(Tensor grad, Tensor x, str act) -> Tensor",
+    default=_backward,
+    fake=lambda grad, x, act: fake_gradients((x,), 1, grad)[0],
+)
+declare_gradient("activate_and_pool", _setup_context, _autograd)

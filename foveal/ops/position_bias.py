@@ -1,0 +1,69 @@
+"""The position bias of a query grid against a key grid, kept factorised into rows and columns."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+class PositionBias(NamedTuple):
+    """A bias per head, query cell and key cell that is looked up by row and by column.
+
+    A relative position separates into a row offset and a column offset, so the bias of query ``(i, j)`` against key
+    ``(a, b)`` is ``table[:, row_index[i, a], column_index[j, b]]``. The dense tensor over all pairs is never needed.
+
+    Attributes:
+        table: ``(heads, Th, Tw)``, floating point.
+        row_index: ``(H, Hp)``, int64 in ``[0, Th)``.
+        column_index: ``(W, Wp)``, int64 in ``[0, Tw)``.
+    """
+
+    table: Tensor
+    row_index: Tensor
+    column_index: Tensor
+
+    @property
+    def query_grid(self) -> Grid:
+        return self.row_index.shape[0], self.column_index.shape[0]
+
+    @property
+    def key_grid(self) -> Grid:
+        return self.row_index.shape[1], self.column_index.shape[1]
+
+    def dense(self) -> Tensor:
+        """The bias of every pair, ``(heads, H * W, Hp * Wp)``: quadratic in the size of the map."""
+        (height, width), (key_height, key_width) = self.query_grid, self.key_grid
+        rows = self.table.index_select(1, self.row_index.flatten())
+        bias = rows.index_select(2, self.column_index.flatten())
+        bias = bias.view(-1, height, key_height, width, key_width).transpose(2, 3)
+        return bias.reshape(-1, height * width, key_height * key_width)
+
+    @classmethod
+    def from_dense(cls, bias: Tensor) -> "PositionBias":
+        """Wrap a bias ``(heads, H, W, Hp, Wp)`` that has no structure: every pair is an entry of its own."""
+        heads, height, width, key_height, key_width = bias.shape
+        table = bias.transpose(2, 3).reshape(heads, height * key_height, width * key_width)
+        rows = torch.arange(height * key_height, device=bias.device).view(height, key_height)
+        columns = torch.arange(width * key_width, device=bias.device).view(width, key_width)
+        return cls(table, rows, columns)
+
+    @classmethod
+    def per_key(cls, bias: Tensor, query_grid: Grid) -> "PositionBias":
+        """Wrap a bias ``(heads, Hp, Wp)`` that depends on the key alone."""
+        rows = torch.arange(bias.shape[1], device=bias.device).expand(query_grid[0], -1)
+        columns = torch.arange(bias.shape[2], device=bias.device).expand(query_grid[1], -1)
+        return cls(bias, rows.contiguous(), columns.contiguous())
+
+    def interpolate(self, query_grid: Grid, key_grid: Grid) -> "PositionBias":
+        """Resample bilinearly to other grids, first over the keys, then over the queries. The result is dense."""
+        if query_grid == self.query_grid and key_grid == self.key_grid:
+            return self
+        bias = self.dense().unflatten(2, self.key_grid)
+        bias = F.interpolate(bias, key_grid, mode="bilinear", align_corners=False)
+        bias = bias.flatten(2).transpose(1, 2).unflatten(2, self.query_grid)
+        bias = F.interpolate(bias, query_grid, mode="bilinear", align_corners=False)
+        bias = bias.flatten(2).transpose(1, 2)
+        return PositionBias.from_dense(bias.reshape(-1, *query_grid, *key_grid))

@@ -1,0 +1,133 @@
+"""Every op of foveal in plain PyTorch: the specification, the oracle of the tests, and what runs where nothing faster fits.
+
+Sizes: B images, an H x W map, heads of d channels, an Hp x Wp pooled map, a k x k window. Half types are computed in
+float32 and returned in their own type; float64 stays float64.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveal.ops.position_bias import Grid, PositionBias
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+
+
+def at_least_float32(x: Tensor | None) -> Tensor | None:
+    """Half types become float32; float32 and float64 stay."""
+    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def windows(x: Tensor, window_size: int) -> Tensor:
+    """The k * k cells around every cell, row-major, zeros outside the map: ``(B, H, W, *) -> (B, H, W, *, k * k)``."""
+    height, width = x.shape[1:3]
+    radius = window_size // 2
+    padded = F.pad(x, (0, 0) * (x.dim() - 3) + (radius,) * 4)
+    offsets = [(i, j) for i in range(window_size) for j in range(window_size)]
+    return torch.stack([padded[:, i : i + height, j : j + width] for i, j in offsets], dim=-1)
+
+
+def inside_map(grid: Grid, window_size: int, device: torch.device) -> Tensor:
+    """Which cells of every window lie inside the map: bool, ``(H, W, k * k)``."""
+    radius = window_size // 2
+    offset = torch.arange(-radius, radius + 1, device=device)
+    rows, columns = ((torch.arange(side, device=device)[:, None] + offset) for side in grid)
+    rows, columns = (rows >= 0) & (rows < grid[0]), (columns >= 0) & (columns < grid[1])
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2)
+
+
+def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
+    """``q . k`` over the sliding window: ``(B, H, W, heads, d)`` twice to ``(B, H, W, heads, k * k)``, -inf outside."""
+    query, key = at_least_float32(q), at_least_float32(k)
+    scores = (query.unsqueeze(-2) @ windows(key, window_size)).squeeze(-2)
+    inside = inside_map(q.shape[1:3], window_size, q.device)
+    return scores.masked_fill(~inside[:, :, None], float("-inf")).to(q.dtype)
+
+
+def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
+    """``weights . v`` over the sliding window: ``(B, H, W, heads, k * k)``, ``(B, H, W, heads, d)`` to the latter.
+
+    Cells outside the map hold zeros, so their weights add nothing.
+    """
+    weight, value = at_least_float32(weights), at_least_float32(v)
+    return (windows(value, window_size) @ weight.unsqueeze(-1)).squeeze(-1).to(v.dtype)
+
+
+def aggregated_attention(q: Tensor, *args, **kwargs) -> Tensor:
+    """Window and pooled keys in one softmax (equations 1-5 and 10-14); see :func:`aggregated_attention_with_lse`."""
+    return aggregated_attention_with_lse(q, *args, **kwargs)[0]
+
+
+def aggregated_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    scale: Tensor,
+    query_embedding: Tensor | None,
+    window_bias: Tensor | None,
+    pool_bias: Tensor | None,
+    pool_rows: Tensor | None,
+    pool_columns: Tensor | None,
+    positional_tokens: Tensor | None,
+    positional_bias: Tensor | None,
+    window_size: int,
+    length_scaled: bool,
+    normalize: bool,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The attention's output ``(B, H, W, heads, d)`` and the log-sum-exp of its logits ``(B, H, W, heads)``."""
+    result_dtype = q.dtype
+    q, k, v, k_pool, v_pool, scale = map(at_least_float32, (q, k, v, k_pool, v_pool, scale))
+    grid, device = q.shape[1:3], q.device
+    if normalize:
+        q, k, k_pool = (F.normalize(x, dim=-1, eps=1e-12) for x in (q, k, k_pool))
+
+    query = (q if query_embedding is None else q + query_embedding) * scale[:, None]
+    if length_scaled:
+        length = inside_map(grid, window_size, device).sum(-1) + k_pool.shape[1] * k_pool.shape[2]
+        query = query * length.to(query.dtype).log()[:, :, None, None]
+
+    near = window_scores(query, k, window_size)
+    if window_bias is not None:
+        near = near + window_bias
+    far = torch.einsum("bhwnd,bpnd->bhwnp", query, k_pool.flatten(1, 2))
+    if pool_bias is not None:
+        bias = PositionBias(at_least_float32(pool_bias), pool_rows, pool_columns).dense()
+        far = far + bias.unflatten(1, grid).permute(1, 2, 0, 3)
+
+    logits = torch.cat([near, far], dim=-1)
+    weights = F.dropout(logits.softmax(dim=-1), dropout_p) if dropout_p else logits.softmax(dim=-1)
+    near, far = weights.split([near.shape[-1], far.shape[-1]], dim=-1)
+    if positional_tokens is not None:
+        near = near + torch.einsum("bhwnd,ndc->bhwnc", q, positional_tokens.to(q.dtype))
+    if positional_bias is not None:
+        near = near + positional_bias
+    out = window_sum(near, v, window_size) + torch.einsum("bhwnp,bpnd->bhwnd", far, v_pool.flatten(1, 2))
+    return out.to(result_dtype), logits.logsumexp(dim=-1)
+
+
+def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A k x k depthwise convolution with zero padding over ``(B, H, W, C)``; weight ``(C, 1, k, k)``, bias ``(C,)``."""
+    channels, _, size, _ = weight.shape
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=size // 2, groups=channels).permute(0, 2, 3, 1)
+
+
+def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu") -> Tensor:
+    """``act(dwconv(gate) + bias) * value`` with ``x = [gate | value]``: ``(B, H, W, 2C) -> (B, H, W, C)`` (equation 19)."""
+    gate, value = at_least_float32(x).chunk(2, dim=-1)
+    return (ACTIVATIONS[act](depthwise_convolution(gate, weight, bias)) * value).to(x.dtype)
+
+
+def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
+    """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""
+    activated = ACTIVATIONS[act](at_least_float32(x)).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(activated, tuple(grid)).permute(0, 2, 3, 1).to(x.dtype)
