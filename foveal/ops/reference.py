@@ -1,8 +1,11 @@
-"""Every op of foveal in plain PyTorch: the specification, the oracle of the tests, and what runs where nothing faster fits.
+"""Every op of foveal in plain PyTorch: the specification, the tests' oracle, and what runs where nothing faster fits.
 
 Sizes: B images, an H x W map, heads of d channels, an Hp x Wp pooled map, a k x k window. Half types are computed in
 float32 and returned in their own type; float64 stays float64.
 """
+
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,20 @@ def at_least_float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """Keep autocast from lowering the precision that the definition asks for."""
+
+    @wraps(function)
+    def wrapper(x: Tensor, *args, **kwargs):
+        device_type = x.device.type
+        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+            return function(x, *args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapper
+
+
 def windows(x: Tensor, window_size: int) -> Tensor:
     """The k * k cells around every cell, row-major, zeros outside the map: ``(B, H, W, *) -> (B, H, W, *, k * k)``."""
     height, width = x.shape[1:3]
@@ -42,6 +59,7 @@ def inside_map(grid: Grid, window_size: int, device: torch.device) -> Tensor:
     return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2)
 
 
+@_without_autocast
 def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     """``q . k`` over the sliding window: ``(B, H, W, heads, d)`` twice to ``(B, H, W, heads, k * k)``, -inf outside."""
     query, key = at_least_float32(q), at_least_float32(k)
@@ -50,6 +68,7 @@ def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     return scores.masked_fill(~inside[:, :, None], float("-inf")).to(q.dtype)
 
 
+@_without_autocast
 def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
     """``weights . v`` over the sliding window: ``(B, H, W, heads, k * k)``, ``(B, H, W, heads, d)`` to the latter.
 
@@ -64,6 +83,7 @@ def aggregated_attention(q: Tensor, *args, **kwargs) -> Tensor:
     return aggregated_attention_with_lse(q, *args, **kwargs)[0]
 
 
+@_without_autocast
 def aggregated_attention_with_lse(
     q: Tensor,
     k: Tensor,
@@ -121,12 +141,14 @@ def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=size // 2, groups=channels).permute(0, 2, 3, 1)
 
 
+@_without_autocast
 def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu") -> Tensor:
-    """``act(dwconv(gate) + bias) * value`` with ``x = [gate | value]``: ``(B, H, W, 2C) -> (B, H, W, C)`` (equation 19)."""
+    """``act(dwconv(gate) + bias) * value``, ``x = [gate | value]``: ``(B, H, W, 2C) -> (B, H, W, C)`` (equation 19)."""
     gate, value = at_least_float32(x).chunk(2, dim=-1)
     return (ACTIVATIONS[act](depthwise_convolution(gate, weight, bias)) * value).to(x.dtype)
 
 
+@_without_autocast
 def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""
     activated = ACTIVATIONS[act](at_least_float32(x)).permute(0, 3, 1, 2)
