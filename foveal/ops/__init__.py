@@ -3,6 +3,7 @@
 from foveal.ops.attention import aggregated_attention
 from foveal.ops.backend import backend, current_backend
 from foveal.ops.gate import depthwise_gate
+from foveal.ops.log_cpb import log_cpb_table
 from foveal.ops.pool import activate_and_pool
 from foveal.ops.position_bias import PositionBias
 from foveal.ops.window import window_scores, window_sum
@@ -14,6 +15,7 @@ __all__ = [
     "backend",
     "current_backend",
     "depthwise_gate",
+    "log_cpb_table",
     "window_scores",
     "window_sum",
 ]

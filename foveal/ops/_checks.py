@@ -14,7 +14,7 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int], axes: str) -> Non
 
 def check_dim(name: str, x: Tensor, axes: str) -> None:
     """Raise unless ``x`` has as many dimensions as ``axes`` names, like ``"(B, H, W, C)"``."""
-    if x.dim() != axes.count(",") + 1:
+    if x.dim() != len(axes.strip("(),").split(",")):
         raise ValueError(f"{name} must have shape {axes}, got {tuple(x.shape)}")
 
 
@@ -38,7 +38,7 @@ def check_window_size(window_size: int) -> None:
 
 
 def check_grid(name: str, grid: Sequence[int]) -> None:
-    if len(grid) != 2 or not all(isinstance(side, int | torch.SymInt) for side in grid) or min(grid) < 1:
+    if len(grid) != 2 or not all(isinstance(side, (int, torch.SymInt)) for side in grid) or min(grid) < 1:
         raise ValueError(f"{name} must be two positive integers (rows, columns), got {grid!r}")
 
 

@@ -153,3 +153,13 @@ def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""
     activated = ACTIVATIONS[act](at_least_float32(x)).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(activated, tuple(grid)).permute(0, 2, 3, 1).to(x.dtype)
+
+
+@_without_autocast
+def log_cpb_table(
+    rows: Tensor, columns: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """The log-CPB MLP on every pair of a row and a column coordinate: ``(Th,)``, ``(Tw,)`` to ``(heads, Th, Tw)``."""
+    weight1, bias1, weight2, bias2 = map(at_least_float32, (weight1, bias1, weight2, bias2))
+    hidden = (rows[:, None, None] * weight1[:, 0] + bias1) + columns[:, None] * weight1[:, 1]
+    return F.linear(hidden.relu(), weight2, bias2).permute(2, 0, 1)

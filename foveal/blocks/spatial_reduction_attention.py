@@ -1,0 +1,76 @@
+"""Spatial-reduction attention: PVTv2's global attention to a strided convolution of the map, the paper's baseline."""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from foveal.blocks.checks import check_heads, check_map, check_positive, check_probability
+from foveal.blocks.initialization import init_convolution, init_linear
+
+
+class SpatialReductionAttention(nn.Module):
+    """Scaled dot-product attention to a reduced map, ``(B, H, W, C)`` to the same shape (PVTv2, arXiv 2106.13797).
+
+    Keys and values come from ``norm(conv(x))``, a convolution whose kernel and stride are the ratio. A side shorter
+    than the ratio is padded with zeros to one cell. With a ratio of 1 there is neither convolution nor norm.
+
+    Args:
+        dim: channels C.
+        num_heads: heads, a divisor of C.
+        sr_ratio: spatial reduction ratio of keys and values.
+        qkv_bias: biases on queries, keys and values.
+        attn_drop: dropout of the attention weights.
+        proj_drop: dropout of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        sr_ratio: int = 1,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_heads(dim, num_heads)
+        check_positive("sr_ratio", sr_ratio)
+        check_probability("attn_drop", attn_drop)
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.attn_drop = attn_drop
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
+        self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else None
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.q, self.kv, self.proj):
+            init_linear(linear)
+        if self.sr is not None:
+            init_convolution(self.sr)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.dim)
+        height = x.shape[1]
+        q = rearrange(self.q(x), "b h w (n d) -> b n (h w) d", n=self.num_heads)
+        k, v = rearrange(
+            self.kv(self._reduce(x)), "b h w (two n d) -> two b n (h w) d", two=2, n=self.num_heads
+        ).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=height)))
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        if self.sr is None:
+            return x
+        missing_rows, missing_columns = (max(0, self.sr_ratio - side) for side in x.shape[1:3])
+        x = F.pad(x.permute(0, 3, 1, 2), (0, missing_columns, 0, missing_rows))
+        return self.norm(self.sr(x).permute(0, 2, 3, 1))

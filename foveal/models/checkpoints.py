@@ -1,0 +1,148 @@
+"""Weights in the layout of the official TransNeXt checkpoints, turned into foveal's."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_ATTENTION = {
+    "temperature": "temperature",
+    "query_embedding": "query_embedding",
+    "relative_pos_bias_local": "window_bias",
+    "learnable_tokens": "positional_tokens",
+    "learnable_bias": "positional_bias",
+    "sr": "pool.proj",
+    "norm": "pool.norm",
+    "cpb_fc1": "log_cpb.fc1",
+    "cpb_fc2": "log_cpb.fc2",
+    "q": "q",
+    "kv": "kv",
+    "qkv": "qkv",
+    "proj": "proj",
+}
+_MLP = {"fc1": "fc1", "dwconv.dwconv": "dwconv", "fc2": "fc2"}
+_BUFFERS = ("relative_pos_index", "relative_coords_table", "seq_length_scale", "padding_mask")
+
+
+def _alternatives(names: Mapping[str, str]) -> str:
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+
+
+_MODULE = rf"(?:(?P<attention>{_alternatives(_ATTENTION)})|(?P<mlp>{_alternatives(_MLP)}))"
+_PARAMETER = r"(?P<parameter>(?:\.(?:weight|bias))?)"
+_OFFICIAL = re.compile(
+    r"(?P<prefix>(?:.*\.)?)"
+    r"(?:"
+    r"patch_embed(?P<embed_stage>\d+)\.(?P<embed>proj|norm)"
+    r"|block(?P<block_stage>\d+)\.(?P<block>\d+)\.(?:(?P<block_norm>norm[12])|(?:attn|mlp)\." + _MODULE + ")"
+    r"|norm(?P<norm_stage>\d+)"
+    r"|(?P<head>head)"
+    r"|" + _MODULE.replace("attention>", "lone_attention>").replace("mlp>", "lone_mlp>") + r")" + _PARAMETER
+)
+
+
+def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn a state dict in the official key layout into foveal's.
+
+    Keys are recognised by their tails, so it serves a classifier, a detector's ``backbone.*`` (whatever stands before
+    the official names is kept), one lone attention or MLP module, and a dict of gradients as well as of weights.
+    The projections q and kv are joined into qkv; the published code's buffers are dropped.
+
+    Args:
+        state_dict: a flat dict of tensors, or ``{"model": dict}``.
+
+    Returns:
+        A flat dict for ``load_state_dict`` of the matching foveal module.
+
+    Raises:
+        ValueError: where a key is not one of the official layout, or a projection lacks its other half.
+    """
+    state_dict = _unwrapped(state_dict)
+    converted: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key.rpartition(".")[2] in _BUFFERS:
+            continue
+        name = _foveal_name(key)
+        if name is None:
+            raise ValueError(f"state_dict holds the key {key!r}, which is not of the official TransNeXt layout")
+        converted[name] = value.reshape(_foveal_shape(key, value))
+    return _join_projections(converted)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook: official weights become foveal's, weights saved by foveal pass as they are.
+
+    Of a detector's checkpoint only the ``backbone.*`` part is taken, without that prefix.
+    """
+    state_dict = _unwrapped(state_dict)
+    for prefix in ("module.", "backbone."):
+        inner = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state_dict = inner or state_dict
+    if any(key.startswith("stages.") for key in state_dict):
+        return dict(state_dict)
+    return from_official(state_dict)
+
+
+def load_file(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors, from safetensors or from a pickle of tensors alone (``weights_only=True``)."""
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file as load_safetensors
+
+        return load_safetensors(path)
+    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _unwrapped(state_dict: Mapping) -> Mapping[str, Tensor]:
+    for key in ("model", "state_dict"):
+        if isinstance(state_dict.get(key), Mapping):
+            return state_dict[key]
+    return state_dict
+
+
+def _foveal_name(key: str) -> str | None:
+    match = _OFFICIAL.fullmatch(key)
+    if match is None:
+        return None
+    part = match.groupdict()
+    if part["embed_stage"]:
+        place = f"stages.{int(part['embed_stage']) - 1}.downsample.{part['embed']}"
+    elif part["block_stage"]:
+        inside = part["block_norm"] or (
+            f"mixer.{_ATTENTION[part['attention']]}" if part["attention"] else f"mlp.{_MLP[part['mlp']]}"
+        )
+        place = f"stages.{int(part['block_stage']) - 1}.blocks.{part['block']}.{inside}"
+    elif part["norm_stage"]:
+        place = f"stages.{int(part['norm_stage']) - 1}.norm"
+    elif part["head"]:
+        place = "head.fc"
+    else:
+        place = _ATTENTION[part["lone_attention"]] if part["lone_attention"] else _MLP[part["lone_mlp"]]
+    return part["prefix"] + place + part["parameter"]
+
+
+def _foveal_shape(key: str, value: Tensor) -> tuple[int, ...]:
+    """foveal drops the axes of length one that the official layout keeps for broadcasting."""
+    if key.endswith("temperature"):
+        return (value.shape[0],)
+    if key.endswith(("query_embedding", "learnable_bias")):
+        return value.shape[0], value.shape[-1]
+    if key.endswith("sr.weight"):
+        return value.shape[0], value.shape[1]
+    return tuple(value.shape)
+
+
+def _join_projections(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    joined = dict(state_dict)
+    for key in state_dict:
+        if match := re.fullmatch(r"((?:.*\.)?)(q|kv)\.(weight|bias)", key):
+            prefix, _, parameter = match.groups()
+            halves = [f"{prefix}{name}.{parameter}" for name in ("q", "kv")]
+            missing = [name for name in halves if name not in state_dict]
+            if missing:
+                raise ValueError(f"state_dict holds {key!r} without {missing[0]!r}, the other half of the projection")
+            joined.pop(key)
+            if key == halves[0]:
+                joined[f"{prefix}qkv.{parameter}"] = torch.cat([state_dict[name] for name in halves])
+    return joined
