@@ -1,0 +1,143 @@
+"""A stage of a backbone: its declaration, and the module built from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from timm.layers import DropPath, LayerScale
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from foveal.blocks import OverlapPatchEmbed
+from foveal.models.dry_run import output_shape
+from foveal.models.factory import call, located
+
+Factory = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The declaration of one stage: a downsampling, ``depth`` blocks of a mixer and an MLP, a norm.
+
+    A mixer or an MLP is any callable ``dim -> nn.Module`` over ``(B, H, W, C)`` that keeps the shape. It is called with
+    the width and with those of device, dtype, attn_drop, proj_drop, drop, pretrain_grid and bias_grid that its
+    signature names and no ``functools.partial`` has fixed.
+
+    Args:
+        dim: channels C.
+        depth: number of blocks.
+        mixer: a factory for all blocks, or a list of one factory a block.
+        mlp: likewise.
+        downsample: a factory ``(in_chans, dim) -> nn.Module``; None means OverlapPatchEmbed, 7 x 7 with stride 4 for
+            the first stage, 3 x 3 with stride 2 for the others.
+        norm_layer: the norms of blocks and stage, ``dim -> nn.Module``; None means the backbone's.
+        layer_scale: initial value of a LayerScale on both branches of a block; None means none.
+        drop_path: a stochastic depth rate, or a list of one a block; None takes the backbone's rule.
+
+    Example:
+        >>> Stage(dim=96, depth=2, mixer=partial(AggregatedAttention, num_heads=4), mlp=ConvGLU)
+    """
+
+    dim: int
+    depth: int
+    mixer: Factory | Sequence[Factory]
+    mlp: Factory | Sequence[Factory]
+    downsample: Factory | None = None
+    norm_layer: Factory | None = None
+    layer_scale: float | None = None
+    drop_path: float | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} of a Stage must be a positive integer, got {value!r}")
+
+
+class Block(nn.Module):
+    """``x + drop_path(scale(mixer(norm(x))))``, then the same with the MLP, over ``(B, H, W, C)``."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, norms: Sequence[nn.Module], scale, drop_path: float):
+        super().__init__()
+        self.norm1, self.norm2 = norms
+        self.mixer = mixer
+        self.mlp = mlp
+        self.scale1, self.scale2 = scale(dim), scale(dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class StageModule(nn.Module):
+    """A stage as a module: ``norm(blocks(downsample(x)))``, ``(B, H, W, C) -> (B, H', W', C')``."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block], norm: nn.Module):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
+        return self.norm(x)
+
+
+def build_downsample(spec: Stage, index: int, in_chans: int, dd: dict[str, Any]) -> nn.Module:
+    default = partial(OverlapPatchEmbed, patch_size=7 if index == 0 else 3, stride=4 if index == 0 else 2)
+    return call(spec.downsample or default, in_chans, spec.dim, offered=dd, where=f"stage {index}, downsample")
+
+
+def build_stage(
+    spec: Stage,
+    index: int,
+    downsample: nn.Module,
+    *,
+    drop_path: Sequence[float],
+    norm_layer: Factory,
+    offered: dict[str, Any],
+    grid: tuple[int, int],
+) -> StageModule:
+    """Build a stage from its declaration, and check that every block keeps the shape of a map of ``grid`` cells."""
+    with located(f"stage {index}"):
+        mixers = _one_a_block("mixer", spec.mixer, spec.depth)
+        mlps = _one_a_block("mlp", spec.mlp, spec.depth)
+        rates = drop_path if spec.drop_path is None else _one_a_block("drop_path", spec.drop_path, spec.depth)
+    dd = {name: offered[name] for name in ("device", "dtype")}
+    norm = partial(call, spec.norm_layer or norm_layer, spec.dim, offered=dd, where=f"stage {index}, norm_layer")
+
+    def scale(dim: int) -> nn.Module:
+        return nn.Identity() if spec.layer_scale is None else LayerScale(dim, init_values=spec.layer_scale, **dd)
+
+    blocks = []
+    checked: set[int] = set()
+    for i in range(spec.depth):
+        parts = []
+        for name, factory in (("mixer", mixers[i]), ("mlp", mlps[i])):
+            where = f"stage {index}, block {i}, {name}"
+            part = call(factory, spec.dim, offered=offered, where=where)
+            if id(factory) not in checked:
+                checked.add(id(factory))
+                _check_keeps_shape(part, (1, *grid, spec.dim), dd, where)
+            parts.append(part)
+        blocks.append(Block(spec.dim, *parts, (norm(), norm()), scale, rates[i]))
+    return StageModule(downsample, blocks, norm())
+
+
+def _check_keeps_shape(module: nn.Module, shape: tuple[int, ...], dd: dict[str, Any], where: str) -> None:
+    with located(where):
+        out = output_shape(module, shape, **dd)
+        if out != shape:
+            raise ValueError(f"must keep the shape (B, H, W, C) of its input, but turned {shape} into {out}")
+
+
+def _one_a_block(name: str, value: Any, depth: int) -> list[Any]:
+    if isinstance(value, Sequence):
+        if len(value) != depth:
+            raise ValueError(f"{name} must be one for the stage or a list of depth = {depth}, got {len(value)} of them")
+        return list(value)
+    return [value] * depth
