@@ -1,7 +1,7 @@
 """Weights in the layout of the official TransNeXt checkpoints, turned into foveal's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,21 +26,27 @@ _MLP = {"fc1": "fc1", "dwconv.dwconv": "dwconv", "fc2": "fc2"}
 _BUFFERS = ("relative_pos_index", "relative_coords_table", "seq_length_scale", "padding_mask")
 
 
-def _alternatives(names: Mapping[str, str]) -> str:
-    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+def _one_of(names: Mapping[str, str]) -> str:
+    return f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})"
 
 
-_MODULE = rf"(?:(?P<attention>{_alternatives(_ATTENTION)})|(?P<mlp>{_alternatives(_MLP)}))"
-_PARAMETER = r"(?P<parameter>(?:\.(?:weight|bias))?)"
-_OFFICIAL = re.compile(
-    r"(?P<prefix>(?:.*\.)?)"
-    r"(?:"
-    r"patch_embed(?P<embed_stage>\d+)\.(?P<embed>proj|norm)"
-    r"|block(?P<block_stage>\d+)\.(?P<block>\d+)\.(?:(?P<block_norm>norm[12])|(?:attn|mlp)\." + _MODULE + ")"
-    r"|norm(?P<norm_stage>\d+)"
-    r"|(?P<head>head)"
-    r"|" + _MODULE.replace("attention>", "lone_attention>").replace("mlp>", "lone_mlp>") + r")" + _PARAMETER
-)
+# What stands at the end of an official key, most specific first, and foveal's name for it.
+_RULES: list[tuple[str, Callable[[re.Match], str]]] = [
+    (r"patch_embed(\d+)\.(proj|norm)", lambda m: f"stages.{int(m[1]) - 1}.downsample.{m[2]}"),
+    (r"block(\d+)\.(\d+)\.(norm1|norm2)", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.{m[3]}"),
+    (
+        rf"block(\d+)\.(\d+)\.attn\.{_one_of(_ATTENTION)}",
+        lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.mixer.{_ATTENTION[m[3]]}",
+    ),
+    (
+        rf"block(\d+)\.(\d+)\.mlp\.{_one_of(_MLP)}",
+        lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.mlp.{_MLP[m[3]]}",
+    ),
+    (r"norm(\d+)", lambda m: f"stages.{int(m[1]) - 1}.norm"),
+    (r"head", lambda m: "head.fc"),
+    (_one_of(_ATTENTION), lambda m: _ATTENTION[m[1]]),
+    (_one_of(_MLP), lambda m: _MLP[m[1]]),
+]
 
 
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,24 +108,12 @@ def _unwrapped(state_dict: Mapping) -> Mapping[str, Tensor]:
 
 
 def _foveal_name(key: str) -> str | None:
-    match = _OFFICIAL.fullmatch(key)
-    if match is None:
-        return None
-    part = match.groupdict()
-    if part["embed_stage"]:
-        place = f"stages.{int(part['embed_stage']) - 1}.downsample.{part['embed']}"
-    elif part["block_stage"]:
-        inside = part["block_norm"] or (
-            f"mixer.{_ATTENTION[part['attention']]}" if part["attention"] else f"mlp.{_MLP[part['mlp']]}"
-        )
-        place = f"stages.{int(part['block_stage']) - 1}.blocks.{part['block']}.{inside}"
-    elif part["norm_stage"]:
-        place = f"stages.{int(part['norm_stage']) - 1}.norm"
-    elif part["head"]:
-        place = "head.fc"
-    else:
-        place = _ATTENTION[part["lone_attention"]] if part["lone_attention"] else _MLP[part["lone_mlp"]]
-    return part["prefix"] + place + part["parameter"]
+    module, dot, last = key.rpartition(".")
+    module, parameter = (module, dot + last) if last in ("weight", "bias") else (key, "")
+    for tail, name in _RULES:
+        if match := re.search(rf"(?:^|(?<=\.)){tail}$", module):
+            return module[: match.start()] + name(match) + parameter
+    return None
 
 
 def _foveal_shape(key: str, value: Tensor) -> tuple[int, ...]:
