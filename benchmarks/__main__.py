@@ -1,0 +1,77 @@
+"""Measure foveal: ``python -m benchmarks`` prints the tables and writes them as JSON.
+
+Every table is measured in paired rounds: the contenders take turns, so that a noisy machine slows all of them alike.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure, models, operations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--level", choices=("all", "op", "model"), default="all", help="which tables (default: all)")
+    parser.add_argument("--variant", default="transnext_tiny", help="the variant at model level (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="paired rounds of each table (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    parser.add_argument("--no-peers", action="store_true", help="foveal and the floor only")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the command out")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark.json"), help="JSON (default: %(default)s)")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+
+    report: dict = {"machine": measure.machine("cpu"), "rounds": given.rounds, "rows": []}
+    print("  ".join(f"{name} {value}" for name, value in report["machine"].items()), flush=True)
+    if given.level in ("all", "op"):
+        report["rows"] += _op_level(given)
+    if given.level in ("all", "model"):
+        report["rows"] += _model_level(given)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    given.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwritten to {given.output}")
+
+
+def _op_level(given: argparse.Namespace) -> list[dict]:
+    print(f"\n{'op':<22}{'stage':<24}{'mode':<10}{'dtype':<10}{'ms':>9}{'reference':>11}{'ratio':>7}{'copies':>8}")
+    rows = []
+    for stage in operations.STAGES[2:3] if given.quick else operations.STAGES:
+        for dtype in ("float32", "bfloat16"):
+            for training in (False, True):
+                batch = 1 if "800" in stage.name else 8
+                for row in operations.run(stage, batch=batch, dtype=dtype, training=training, rounds=given.rounds):
+                    rows.append(row)
+                    mode = "training" if training else "forward"
+                    print(
+                        f"{row['name']:<22}{row['stage']:<24}{mode:<10}{dtype:<10}{row['milliseconds']:>9.2f}"
+                        f"{row['reference_milliseconds']:>11.2f}{row['times_the_reference']:>6.1f}x"
+                        f"{row['copies_of_its_bytes']:>8.1f}",
+                        flush=True,
+                    )
+    return rows
+
+
+def _model_level(given: argparse.Namespace) -> list[dict]:
+    rows = []
+    for case in models.cpu_cases(given.variant, given.quick):
+        print(f"\n{case.title}")
+        print(f"{'':<36}{'images/s':>10}{'ms':>10}{'of floor':>10}{'foveal is':>11}{'peak MB':>10}")
+        for row in models.run(case, rounds=given.rounds, peers=not given.no_peers):
+            rows.append(row)
+            if "failed" in row:
+                print(f"{row['name']:<36}{row['failed'][:70]:>10}", flush=True)
+                continue
+            memory = f"{row['peak_bytes'] / 1e6:>10.0f}" if "peak_bytes" in row else f"{'':>10}"
+            print(
+                f"{row['name']:<36}{row['images_per_second']:>10.2f}{row['milliseconds']:>10.1f}"
+                f"{row['of_linear_floor']:>10.2f}{row['foveal_is_times']:>10.2f}x{memory}",
+                flush=True,
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
