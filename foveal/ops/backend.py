@@ -1,13 +1,18 @@
 """Which implementation of an op runs: decided per call, from the inputs and from what the user asked for."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+from torch import Tensor
+
+from foveal.ops import library
 from foveal.ops._checks import check_choice
 
 BACKENDS = ("auto", "compiled", "reference")
+COMPILED_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64)}
 
 _chosen: ContextVar[str | None] = ContextVar("foveal_backend", default=None)
 
@@ -44,3 +49,48 @@ _default = _environment_backend()
 def current_backend() -> str:
     """The backend in force: "auto", "compiled" or "reference"."""
     return _chosen.get() or _default
+
+
+def runs_compiled(op: str, x: Tensor, unsupported: Sequence[str] = ()) -> bool:
+    """Decide whether a call of ``op`` goes to its compiled kernels.
+
+    Args:
+        op: name of the op, for the error.
+        x: an input that tells the device.
+        unsupported: one line per property of the inputs that the kernels do not serve.
+
+    Raises:
+        RuntimeError: the backend is "compiled" and there is a reason against it; the message holds them all.
+    """
+    choice = current_backend()
+    if choice == "reference":
+        return False
+    reasons = [*unsupported, *_circumstances(x)]
+    if not reasons or choice == "compiled":
+        tracing = torch.compiler.is_compiling()
+        why = library.why_not_while_tracing(x.device.type) if tracing else library.why_not(x.device.type)
+        if why is not None:
+            reasons.append(why)
+    if reasons and choice == "compiled":
+        raise RuntimeError(f"the backend is 'compiled', but {op} cannot run compiled:\n- " + "\n- ".join(reasons))
+    return not reasons
+
+
+def unserved_dtype(x: Tensor) -> list[str]:
+    """The reason against the dtype of the activations, if there is one."""
+    served = COMPILED_DTYPES.get(x.device.type, ())
+    if x.dtype in served or not served:
+        return []
+    return [f"{x.dtype} is not served on {x.device.type} ({', '.join(map(str, served))} are)"]
+
+
+def _circumstances(x: Tensor) -> list[str]:
+    """Reasons that lie in how an op is called."""
+    reasons = []
+    if torch.compiler.is_exporting():
+        reasons.append("the graph is being exported, and is to run without foveal")
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("a torch.func transform is active")
+    if not torch.compiler.is_compiling() and type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        reasons.append(f"the input is a {type(x).__name__}, not a plain tensor")
+    return reasons

@@ -6,6 +6,7 @@ from torch import Tensor
 from foveal.ops import reference
 from foveal.ops._checks import check_choice, check_dim, check_floating, check_shape
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops.backend import runs_compiled, unserved_dtype
 
 
 def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gelu") -> Tensor:
@@ -38,6 +39,8 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: s
     if bias is not None:
         check_shape("bias", bias, (channels,), "(C,)")
     check_choice("act", act, tuple(reference.ACTIVATIONS))
+    if runs_compiled("depthwise_gate", x, unserved_dtype(x)):
+        return torch.ops.foveal.depthwise_gate(x, weight, bias, act)
     return reference.depthwise_gate(x, weight, bias, act)
 
 

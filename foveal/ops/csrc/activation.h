@@ -1,0 +1,127 @@
+// The activations and their slopes, for a scalar (a CUDA thread) or for a vector (CPU lanes).
+#pragma once
+
+#include <math.h>
+
+#include "common.h"
+#if !defined(__CUDACC__)
+#include "simd.h"
+#endif
+
+namespace foveal {
+
+// The names are those of `act` in the schemas; see act_named in tensor.h.
+enum class Act { gelu, gelu_tanh, relu, silu, identity };
+
+namespace FOVEAL_ISA {
+
+#if defined(__CUDACC__)
+
+FOVEAL_HOST_DEVICE float exponential(float x) { return expf(x); }
+FOVEAL_HOST_DEVICE float normal_cdf(float x) { return 0.5f * erfcf(-0.70710678f * x); }
+
+#else
+
+// exp, within 2 units in the last place: 2^n times a minimax polynomial on |r| <= ln(2) / 2. Infinite above 88.4 and
+// zero below -87.7, a little early.
+FOVEAL_INLINE Vector<float> exponential(Vector<float> x) {
+  x = x < -88.0f ? broadcast(-88.0f) : x > 89.0f ? broadcast(89.0f) : x;
+  const float shift = 0x1.8p23f;
+  const Vector<float> shifted = x * 1.44269504f + shift;
+  const Vector<float> n = shifted - shift;
+  const Vector<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vector<float> p = 0.0013814620839287903f * r + 0.008368711941772241f;
+  p = p * r + 0.041668387412738164f;
+  p = p * r + 0.16666520672466223f;
+  p = p * r + 0.49999993450928437f;
+  p = p * r * r + r + 1.0f;
+  return p * (Vector<float>)(((Bits32)shifted + 127) << 23);
+}
+
+// The normal distribution's cumulative function, within 2e-7: 1/2 plus an odd rational minimax fit (relative error
+// 3e-8) up to |x| = 5.65, where float32 rounds the function to 0 or 1.
+FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) {
+  const float end = 5.65f;
+  const Vector<float> z = x < -end ? broadcast(-end) : x > end ? broadcast(end) : x;
+  const Vector<float> s = z * z;
+  Vector<float> p = 2.199233506416931e-08f * s + 6.288102667895146e-06f;
+  p = p * s + 0.00017128851322922856f;
+  p = p * s + 0.004691561684012413f;
+  p = p * s + 0.03417918086051941f;
+  p = p * s + 0.3989422619342804f;
+  Vector<float> q = 1.1705939186867909e-06f * s + 7.400415779557079e-05f;
+  q = q * s + 0.0018989990931004286f;
+  q = q * s + 0.028817784041166306f;
+  q = q * s + 0.25234079360961914f;
+  q = q * s + 1.0f;
+  return x < -end ? broadcast(0.0f) : 0.5f + z * p / q;
+}
+
+FOVEAL_INLINE Vector<double> exponential(Vector<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = exp(x[i]);
+  return x;
+}
+
+FOVEAL_INLINE Vector<double> normal_cdf(Vector<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = 0.5 * erfc(-0.7071067811865476 * x[i]);
+  return x;
+}
+
+#endif
+
+template <class V>
+struct Activated {
+  V value, slope;
+};
+
+template <Act act, class S, class V>
+FOVEAL_HOST_DEVICE V sigmoid_argument(V x) {
+  return act == Act::silu ? x : x * (S(1.5957691216057308) + S(0.07135481627260025) * x * x);
+}
+
+// act(x), for V a scalar S or a vector of S.
+template <Act act, class S, class V>
+FOVEAL_HOST_DEVICE V activate(V x) {
+  if constexpr (act == Act::gelu) return x * normal_cdf(x);
+  if constexpr (act == Act::relu) return x < S(0) ? V{} : x;
+  if constexpr (act == Act::silu || act == Act::gelu_tanh) {
+    return x / (S(1) + exponential(-sigmoid_argument<act, S>(x)));
+  }
+  return x;
+}
+
+// act(x) and its derivative there.
+template <Act act, class S, class V>
+FOVEAL_HOST_DEVICE Activated<V> activate_with_slope(V x) {
+  if constexpr (act == Act::gelu) {
+    const V cdf = normal_cdf(x), density = S(0.3989422804014327) * exponential(S(-0.5) * x * x);
+    return {x * cdf, cdf + x * density};
+  }
+  if constexpr (act == Act::relu) return {x < S(0) ? V{} : x, x <= S(0) ? V{} : V{} + S(1)};
+  if constexpr (act == Act::silu || act == Act::gelu_tanh) {
+    const V sigmoid = S(1) / (S(1) + exponential(-sigmoid_argument<act, S>(x)));
+    const V rate = act == Act::silu ? V{} + S(1) : S(1.5957691216057308) + S(0.21406444881780076) * x * x;
+    return {x * sigmoid, sigmoid + x * sigmoid * (S(1) - sigmoid) * rate};
+  }
+  return {x, V{} + S(1)};
+}
+
+template <Act act>
+struct ActType {
+  static constexpr Act value = act;
+};
+
+// Call `function(ActType<act>())`.
+template <class F>
+inline __attribute__((always_inline)) void with_act(Act act, F&& function) {
+  switch (act) {
+    case Act::gelu: return function(ActType<Act::gelu>());
+    case Act::gelu_tanh: return function(ActType<Act::gelu_tanh>());
+    case Act::relu: return function(ActType<Act::relu>());
+    case Act::silu: return function(ActType<Act::silu>());
+    case Act::identity: return function(ActType<Act::identity>());
+  }
+}
+
+}  // namespace FOVEAL_ISA
+}  // namespace foveal
