@@ -1,6 +1,5 @@
 """Length-scaled cosine attention: global multi-head self-attention that keeps its entropy as the map grows."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -104,7 +103,7 @@ class LengthScaledCosineAttention(nn.Module):
     def _scaled_query(self, q: Tensor, grid: Grid) -> Tensor:
         scale = temperature_scale(self.temperature)[:, None, None]
         if self.length_scaled:
-            scale = scale * math.log(grid[0] * grid[1])
+            scale = scale * scale.new_full((), grid[0] * grid[1]).log()
         query = _unit(q)
         if self.query_embedding is not None:
             query = query + self.query_embedding[:, None]

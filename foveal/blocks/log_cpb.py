@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from foveal.blocks.caching import WeightedCache, cached_by_size
 from foveal.blocks.checks import Grid, check_positive
 from foveal.blocks.initialization import init_linear
-from foveal.ops import PositionBias, log_cpb_table
+from foveal.ops import PositionBias, log_cpb_table, reference
 
 _RANGE = 8.0  # relative coordinates are stretched to [-8, 8] at the pre-training size, then log-compressed to [-1, 1]
 
@@ -19,25 +19,7 @@ def log_spaced(offset: Tensor, pretrain_length: int) -> Tensor:
     return relative.sign() * torch.log2(1 + relative.abs()) / 3  # log2(8)
 
 
-@cached_by_size
-def relative_offsets(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All offsets between the query cells and the pooled key cells of one axis, and which pair has which.
-
-    Key a is centred on its pooling bin, the cells floor(a H / Hp) to ceil((a + 1) H / Hp) - 1. Twice an offset,
-    2 i - (first + last), is an integer, of one parity where the sizes divide: so offsets are listed without sorting.
-
-    Returns:
-        offsets ``(T,)`` in cells, float32, ascending by 1 or 1/2; index ``(H, Hp)`` into them, int64.
-    """
-    key = torch.arange(keys, device=device)
-    first = key * queries // keys
-    last = ((key + 1) * queries + keys - 1) // keys - 1
-    twice = 2 * torch.arange(queries, device=device)[:, None] - (first + last)
-    lowest = -((keys - 1) * queries // keys + queries - 1)
-    highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
-    step = 1 if queries % keys else 2
-    offsets = torch.arange(lowest, highest + 1, step, device=device, dtype=torch.float32) / 2
-    return offsets, (twice - lowest) // step
+relative_offsets = cached_by_size(reference.relative_offsets)
 
 
 class LogCPB(nn.Module):
@@ -93,10 +75,14 @@ class LogCPB(nn.Module):
         return self._table(offsets, offsets, pretrain_grid).flatten(1)
 
     def _bias(self, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid) -> PositionBias:
-        device = self.fc1.weight.device
-        rows, row_index = relative_offsets(query_grid[0], key_grid[0], device)
-        columns, column_index = relative_offsets(query_grid[1], key_grid[1], device)
+        (rows, row_index), (columns, column_index) = map(self._offsets, query_grid, key_grid)
         return PositionBias(self._table(rows, columns, pretrain_grid), row_index, column_index)
+
+    def _offsets(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+        weight = self.fc1.weight
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return torch.ops.foveal.relative_offsets(weight, queries, keys)
+        return relative_offsets(queries, keys, weight.device)
 
     def _table(self, rows: Tensor, columns: Tensor, pretrain_grid: Grid) -> Tensor:
         dtype = torch.promote_types(self.fc1.weight.dtype, torch.float32)

@@ -163,3 +163,28 @@ def log_cpb_table(
     weight1, bias1, weight2, bias2 = map(at_least_float32, (weight1, bias1, weight2, bias2))
     hidden = (rows[:, None, None] * weight1[:, 0] + bias1) + columns[:, None] * weight1[:, 1]
     return F.linear(hidden.relu(), weight2, bias2).permute(2, 0, 1)
+
+
+def relative_offsets(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All offsets between the query cells and the pooled key cells of one axis, and which pair has which.
+
+    Key a is centred on its pooling bin, the cells floor(a H / Hp) to ceil((a + 1) H / Hp) - 1. Twice an offset,
+    2 i - (first + last), is an integer, of one parity where the sizes divide: so offsets are listed without sorting.
+
+    Returns:
+        offsets ``(T,)`` in cells, float32, ascending by 1 or 1/2; index ``(H, Hp)`` into them, int64.
+    """
+    key = torch.arange(keys, device=device)
+    first = key * queries // keys
+    last = ((key + 1) * queries + keys - 1) // keys - 1
+    twice = 2 * torch.arange(queries, device=device)[:, None] - (first + last)
+    lowest, highest, step = offset_range(queries, keys)
+    offsets = torch.arange(lowest, highest + 1, step, device=device, dtype=torch.float32) / 2
+    return offsets, (twice - lowest) // step
+
+
+def offset_range(queries: int, keys: int) -> tuple[int, int, int]:
+    """The lowest and the highest of twice the offsets, and the step between them."""
+    lowest = -((keys - 1) * queries // keys + queries - 1)
+    highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
+    return lowest, highest, 1 if queries % keys else 2
