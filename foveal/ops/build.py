@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -55,10 +56,7 @@ class Toolchain(NamedTuple):
 
 @functools.cache
 def source_hash() -> str:
-    digest = hashlib.sha256(f"{FLAGS}{INSTRUCTION_SETS}".encode())
-    for source in sorted(SOURCES.glob("*")):
-        digest.update(source.name.encode() + source.read_bytes())
-    return digest.hexdigest()[:16]
+    return _hash(f"{FLAGS}{INSTRUCTION_SETS}", *sorted(SOURCES.glob("*.[hc]*")))
 
 
 def toolchain() -> Toolchain:
@@ -84,10 +82,16 @@ def _clean_environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}, "LC_ALL": "C"}
 
 
+def usual_cache() -> Path:
+    """``FOVEAL_CACHE_DIR``, else foveal in the user's cache directory. It may be read-only."""
+    if chosen := os.environ.get("FOVEAL_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "foveal"
+
+
 def cache_directory() -> Path:
-    """``FOVEAL_CACHE_DIR``, else foveal in the user's cache directory, else, if that is read-only, one under /tmp."""
-    chosen = os.environ.get("FOVEAL_CACHE_DIR")
-    usual = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "foveal"
+    """The usual cache or, where that is read-only, a directory of the user's own under /tmp."""
+    usual = usual_cache()
     if _writable(usual):
         return usual
     fallback = Path(tempfile.gettempdir()) / f"foveal-{os.getuid()}"
@@ -111,31 +115,50 @@ def library_name(device: str) -> str:
     return f"foveal_{device}-{source_hash()}.so"
 
 
-def build_directory(tools: Toolchain) -> Path:
-    """Where these sources, built by this compiler for this machine, belong in the cache."""
-    words = (source_hash(), tools.compiler, tools.version, tools.flags, platform.machine(), TORCH_TARGET)
-    return cache_directory() / hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+def build_directory(tools: Toolchain, cache: Path | None = None) -> Path:
+    """Where what this compiler builds with these flags for this kind of machine belongs in the cache."""
+    return (cache or cache_directory()) / _hash("\n".join((*tools, FLAGS, platform.machine(), TORCH_TARGET)))
 
 
-def build(directory: Path, tools: Toolchain, *, device: str = "cpu", retry: bool = False) -> Path:
-    """The library in ``directory``, built if it is not there yet. A failure is remembered there, until ``retry``."""
-    library, failure = directory / library_name(device), directory / f"{device}.failed"
+def find(device: str) -> Path | None:
+    """The library if it is built: in the package, or in a cache."""
+    packaged = Path(__file__).parent / library_name(device)
+    if packaged.exists():
+        return packaged
+    tools = toolchain()
+    for cache in (usual_cache(), cache_directory()):
+        library = build_directory(tools, cache) / library_name(device)
+        if library.exists():
+            return library
+    return None
+
+
+def failure(device: str, tools: Toolchain) -> str | None:
+    """What the last build of these sources by these tools said if it failed."""
+    record = (build_directory(tools) / library_name(device)).with_suffix(".failed")
+    return record.read_text() if record.exists() else None
+
+
+def build(device: str, tools: Toolchain, *, retry: bool = False) -> Path:
+    """The library in the cache, built if it is not there yet. A failure is remembered there, until ``retry``."""
+    directory = build_directory(tools)
+    library = directory / library_name(device)
+    record = library.with_suffix(".failed")
     if library.exists():
         return library
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / "lock", float(os.environ.get("FOVEAL_BUILD_TIMEOUT", "300"))):
+    with _locked(directory / "lock", _time_limit()):
         if library.exists():
             return library
-        if failure.exists() and not retry:
-            reason = f"an earlier build failed ({failure}); `python -m foveal build` tries again"
-            raise BuildError(reason, failure.read_text())
+        if record.exists() and not retry:
+            raise BuildError(f"an earlier build failed ({record}); `python -m foveal build` tries again")
         print(f"foveal: building the {device} kernels, once, into {directory}", file=sys.stderr, flush=True)
         try:
-            compile_library(library, tools)
+            os.replace(compile_library(directory / "objects", tools), library)
         except BuildError as error:
-            failure.write_text(f"{error}\n{error.details}")
+            record.write_text(f"{error}\n{error.details}")
             raise
-        failure.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
     return library
 
 
@@ -154,46 +177,66 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise BuildError(f"another process has held {path} for {seconds:.0f} s") from None
                 time.sleep(0.05)
-            except OSError:
-                break  # No locks on this file system: build on our own. The finished file is moved into place whole.
+            except OSError as error:
+                raise BuildError(
+                    f"{path} cannot be locked ({error}); set FOVEAL_CACHE_DIR to a local directory"
+                ) from error
         yield
 
 
-def compile_library(library: Path, tools: Toolchain) -> None:
-    """Compile all sources with ninja and move the finished library into place."""
+def compile_library(objects: Path, tools: Toolchain) -> Path:
+    """Compile with ninja what is not yet compiled in the directory ``objects``; returns the finished library in it."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise BuildError("PyTorch's headers were not found")
-    root = Path(torch.origin).parent
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
-        (Path(scratch) / "build.ninja").write_text(_ninja_file(tools, root))
-        command = [tools.ninja, "-C", scratch]
-        if jobs := os.environ.get("MAX_JOBS"):
-            command += ["-j", jobs]
-        limit = float(os.environ.get("FOVEAL_BUILD_TIMEOUT", "300"))
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=_clean_environment())
-        except subprocess.TimeoutExpired:
-            raise BuildError(f"the build took more than {limit:.0f} s") from None
-        if result.returncode:
-            raise BuildError(f"{tools.compiler} could not build the kernels", result.stdout + result.stderr)
-        os.replace(Path(scratch) / "library.so", library)
+    objects.mkdir(parents=True, exist_ok=True)
+    (objects / "build.ninja").write_text(_ninja_file(tools, Path(torch.origin).parent))
+    command = [tools.ninja, "-C", str(objects)]
+    if jobs := os.environ.get("MAX_JOBS"):
+        command += ["-j", jobs]
+    limit = _time_limit()
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=_clean_environment())
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"the build took more than {limit:.0f} s") from None
+    if result.returncode:
+        raise BuildError(f"{tools.compiler} could not build the kernels", result.stdout + result.stderr)
+    return objects / "library.so"
 
 
 def _ninja_file(tools: Toolchain, torch: Path) -> str:
-    includes = f"-isystem {torch / 'include'}"
     lines = [
-        f"rule compile\n  command = {tools.compiler} {FLAGS} $extra {includes} {tools.flags} -c $in -o $out",
-        f"rule link\n  command = {tools.compiler} -shared {tools.flags} $in -L{torch / 'lib'} -ltorch_cpu -o $out",
+        f"compile = {tools.compiler} {FLAGS} -isystem {torch}/include {tools.flags}",
+        "rule compile\n  command = $compile $extra -c $in -o $out",
+        f"rule link\n  command = {tools.compiler} -shared {tools.flags} $in -L{torch}/lib -ltorch_cpu -o $out",
     ]
     objects = []
     for source in sorted(SOURCES.glob("*.cpp")):
-        variants = {"": ""}
-        if source.stem.endswith("_kernel"):
-            variants = INSTRUCTION_SETS[platform.machine()]
-        for name, flags in variants.items():
-            extra = f"{flags} -DFOVEAL_ISA={name}" if name else ""
-            objects.append(f"{source.stem}{name and '.'}{name}.o")
+        kernel = source.stem.endswith("_kernel")
+        for name, flags in INSTRUCTION_SETS[platform.machine()].items() if kernel else [("", "")]:
+            # Named by contents: an object that exists is never stale, whatever its age.
+            objects.append(f"{source.stem}{name and '.'}{name}-{_hash(*_with_headers(source))}.o")
+            extra = f"{flags} -DFOVEAL_ISA={name}" if kernel else ""
             lines.append(f"build {objects[-1]}: compile {source}\n  extra = {extra}")
     lines.append(f"build library.so: link {' '.join(objects)}\n")
     return "\n".join(lines)
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """A source and the headers beside it that it includes, directly or not."""
+    found = [source]
+    for file in found:
+        names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+        found += [SOURCES / name for name in names if SOURCES / name not in found]
+    return found
+
+
+def _hash(*parts: str | Path) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else part.encode())
+    return digest.hexdigest()[:16]
+
+
+def _time_limit() -> float:
+    return float(os.environ.get("FOVEAL_BUILD_TIMEOUT", "300"))

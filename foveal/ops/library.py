@@ -3,7 +3,6 @@
 import os
 import threading
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -29,13 +28,20 @@ def why_not_while_tracing(device: str) -> str | None:
     return _reasons[device] if device in _reasons else _load(device, may_build=False)
 
 
-def find(device: str) -> Path | None:
-    """The library if it is built: in the package, or in the cache."""
-    packaged = Path(__file__).parent / build.library_name(device)
-    if packaged.exists():
-        return packaged
-    cached = build.build_directory(build.toolchain()) / build.library_name(device)
-    return cached if cached.exists() else None
+def describe(device: str) -> str:
+    """One line on the state of a device's kernels; builds nothing and loads nothing."""
+    if device not in DEVICES:
+        return f"none: there are no compiled kernels for {device} tensors"
+    try:
+        if not build.SUPPORTED:
+            raise build.BuildError("compiled kernels are for Linux on x86-64 and Arm")
+        library = build.find(device)
+        if library is not None:
+            return f"built: {library}"
+        failure = build.failure(device, build.toolchain())
+        return f"none: {failure}" if failure else "not built yet: an op's first use or `python -m foveal build` does it"
+    except build.BuildError as error:
+        return f"none: {error}"
 
 
 def _load(device: str, *, may_build: bool) -> str | None:
@@ -47,12 +53,11 @@ def _load(device: str, *, may_build: bool) -> str | None:
         if device in _reasons:
             return _reasons[device]
         try:
-            library = find(device)
+            library = build.find(device)
             if library is None:
                 if not may_build:
                     return "the library is not built yet, and a build does not start while a graph is traced"
-                tools = build.toolchain()
-                library = build.build(build.build_directory(tools), tools, device=device)
+                library = build.build(device, build.toolchain())
             torch.ops.load_library(library)
             _reasons[device] = None
         except (OSError, build.BuildError) as error:

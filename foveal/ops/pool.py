@@ -8,6 +8,7 @@ from torch import Tensor
 from foveal.ops import reference
 from foveal.ops._checks import check_choice, check_dim, check_floating, check_grid
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients
+from foveal.ops.backend import runs_compiled, unserved_dtype
 
 
 def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu") -> Tensor:
@@ -28,6 +29,8 @@ def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu") -> Tens
     check_floating("x", x)
     check_grid("grid", grid)
     check_choice("act", act, tuple(reference.ACTIVATIONS))
+    if runs_compiled("activate_and_pool", x, unserved_dtype(x)):
+        return torch.ops.foveal.activate_and_pool(x, tuple(grid), act)
     return reference.activate_and_pool(x, grid, act)
 
 

@@ -54,7 +54,7 @@ FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) {
   q = q * s + 0.028817784041166306f;
   q = q * s + 0.25234079360961914f;
   q = q * s + 1.0f;
-  return x < -end ? broadcast(0.0f) : 0.5f + z * p / q;
+  return x < -end ? broadcast(0.0f) : 0.5f + divide(z * p, q);
 }
 
 FOVEAL_INLINE Vector<double> exponential(Vector<double> x) {

@@ -5,8 +5,6 @@
 namespace foveal {
 namespace {
 
-MapStrides map_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
-
 GateShape gate_shape(const Tensor& x, const Tensor& weight) {
   return {x.size(0), x.size(1), x.size(2), weight.size(0), weight.size(3)};
 }

@@ -2,13 +2,9 @@
 #pragma once
 
 #include "activation.h"
+#include "map.h"
 
 namespace foveal {
-
-// A map (B, H, W, channels) with dense channels; strides in elements.
-struct MapStrides {
-  int64_t batch, row, column;
-};
 
 struct GateShape {
   int64_t batch, height, width, channels, size;  // size: side of the kernel, odd

@@ -6,7 +6,7 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr int64_t tile = 4;  // columns convolved at once, so that a weight is loaded once for them
-constexpr int64_t ring_bytes = 96 << 10;
+constexpr int64_t ring_bytes = 256 << 10;
 
 template <class S>
 struct Plan {

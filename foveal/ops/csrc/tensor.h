@@ -12,6 +12,7 @@
 
 #include "activation.h"
 #include "common.h"
+#include "map.h"
 
 namespace foveal {
 
@@ -54,6 +55,8 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& x, ScalarType dt
 inline Tensor with_dense_rows(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
 }
+
+inline MapStrides map_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);

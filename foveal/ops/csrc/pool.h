@@ -1,0 +1,47 @@
+// activate_and_pool: activation, then adaptive average pooling, (B, H, W, C) to (B, Hp, Wp, C).
+#pragma once
+
+#include "activation.h"
+#include "map.h"
+
+namespace foveal {
+
+struct PoolShape {
+  int64_t batch, height, width, channels, pooled_height, pooled_width;
+};
+
+struct PoolForward {
+  PoolShape shape;
+  Dtype dtype;
+  Act act;
+  const void* x;
+  MapStrides x_strides;
+  void* out;  // (B, Hp, Wp, C), dense
+};
+
+struct PoolBackward {
+  PoolShape shape;
+  Dtype dtype;
+  Act act;
+  const void *grad, *x;
+  MapStrides grad_strides, x_strides;
+  void* grad_x;  // (B, H, W, C), dense
+};
+
+namespace FOVEAL_ISA {
+
+struct Bin {
+  int64_t first, end;
+};
+
+// The cells that bin a of `bins` averages on a side of `cells`. The rule is its own inverse: `bin_of(cell, cells, bins)`
+// are the bins that hold a cell.
+FOVEAL_HOST_DEVICE Bin bin_of(int64_t a, int64_t bins, int64_t cells) {
+  return {a * cells / bins, ((a + 1) * cells + bins - 1) / bins};
+}
+
+}  // namespace FOVEAL_ISA
+}  // namespace foveal
+
+FOVEAL_KERNEL(activate_and_pool_forward, PoolForward)
+FOVEAL_KERNEL(activate_and_pool_backward, PoolBackward)
