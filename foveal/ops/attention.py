@@ -6,8 +6,10 @@ from torch import Tensor
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_same_dtype, check_shape, check_window_size
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops.backend import runs_compiled, unserved_dtype
 from foveal.ops.position_bias import PositionBias
 
+_MAX_DIM = 128
 _MAP, _POOL = "(B, H, W, heads, d)", "(B, Hp, Wp, heads, d)"
 
 
@@ -93,7 +95,18 @@ def aggregated_attention(
 
     tensors = (q, k, v, k_pool, v_pool, scale, query_embedding, window_bias, table, rows, columns)
     tensors += (positional_tokens, positional_bias)
+    if runs_compiled("aggregated_attention", q, _unsupported(q, dropout_p)):
+        return torch.ops.foveal.aggregated_attention(*tensors, window_size, length_scaled, normalize)[0]
     return reference.aggregated_attention(*tensors, window_size, length_scaled, normalize, dropout_p)
+
+
+def _unsupported(q: Tensor, dropout_p: float) -> list[str]:
+    reasons = unserved_dtype(q)
+    if dropout_p > 0:
+        reasons.append("attention dropout is not served")
+    if q.shape[-1] > _MAX_DIM:
+        reasons.append(f"a head dimension of {q.shape[-1]} is not served (at most {_MAX_DIM})")
+    return reasons
 
 
 # The tensors of the schema, and where among them the ones without a gradient stand.

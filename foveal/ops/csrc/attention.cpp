@@ -1,0 +1,162 @@
+// aggregated_attention: from tensors to one problem in numbers and pointers.
+#include "attention.h"
+
+#include <numeric>
+
+#include "tensor.h"
+
+namespace foveal {
+namespace {
+
+HeadMap head_map(const Tensor& x) {
+  const int64_t size = x.element_size();
+  return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size,
+          x.stride(3) * size};
+}
+
+const int64_t* indices(const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); }
+
+void check_indices(const Tensor& x, int64_t size, const char* name) {
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    STD_TORCH_CHECK(indices(x)[i] >= 0 && indices(x)[i] < size, name, " must lie in [0, ", size, "), got ", indices(x)[i]);
+  }
+}
+
+// How the columns of the pooled bias's table are laid out for the kernels. Where the column of a query rises by the same
+// step from one query to the next, for every key, the table's columns are sorted by their remainder to that step, which
+// makes the step 1. Any other index is expanded: a column for every key and query.
+class ColumnLayout {
+ public:
+  ColumnLayout(const Tensor& columns, int64_t table_width)
+      : index_(indices(columns)), queries_(columns.size(0)), keys_(columns.size(1)), table_width_(table_width) {
+    step_ = queries_ > 1 && keys_ > 0 ? index_[keys_] - index_[0] : 1;
+    for (int64_t j = 1; j < queries_; ++j)
+      for (int64_t b = 0; b < keys_; ++b)
+        if (index_[j * keys_ + b] != index_[b] + step_ * j) step_ = 0;
+    if (step_ < 0) step_ = 0;
+    origins.resize(keys_);
+    for (int64_t b = 0; b < keys_; ++b) origins[b] = step_ ? place(index_[b]) : b * queries_;
+    width = step_ ? step_ * run() : keys_ * queries_;
+  }
+
+  // visit(place in the kernels' row, column of the table) for all that kernels read.
+  template <class F>
+  void for_columns(const F& visit) const {
+    for (int64_t rest = 0; rest < step_; ++rest)
+      for (int64_t c = rest, to = rest * run(); c < table_width_; c += step_) visit(to++, c);
+    for (int64_t b = 0; !step_ && b < keys_; ++b)
+      for (int64_t j = 0; j < queries_; ++j) visit(origins[b] + j, index_[j * keys_ + b]);
+  }
+
+  std::vector<int64_t> origins;
+  int64_t width;
+
+ private:
+  int64_t run() const { return (table_width_ + step_ - 1) / step_; }
+  int64_t place(int64_t column) const { return column % step_ * run() + column / step_; }
+
+  const int64_t* index_;
+  int64_t queries_, keys_, table_width_, step_;
+};
+
+struct Optional {
+  std::optional<Tensor> query_embedding, window_bias, pool_bias, pool_rows, pool_columns, positional_tokens,
+      positional_bias;
+};
+
+// The tensors of a call in the shape that kernels want them, kept alive beside the pointers to them.
+template <class A>
+class Call {
+ public:
+  AttentionProblem<A> problem{};
+  std::optional<ColumnLayout> columns;
+
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool,
+       const Tensor& scale, const Optional& optional, int64_t window_size, bool length_scaled, bool normalize) {
+    AttentionProblem<A>& p = problem;
+    p.batch = q.size(0), p.height = q.size(1), p.width = q.size(2), p.heads = q.size(3), p.d = q.size(4);
+    p.pool_height = k_pool.size(1), p.pool_width = k_pool.size(2), p.window_size = window_size;
+    p.bfloat16_maps = q.scalar_type() == ScalarType::BFloat16;
+    p.length_scaled = length_scaled, p.normalize = normalize;
+    p.q = map(q), p.k = map(k), p.v = map(v), p.k_pool = map(k_pool), p.v_pool = map(v_pool);
+    p.scale = parameter(scale);
+    p.query_embedding = parameter(optional.query_embedding);
+    p.window_bias = parameter(optional.window_bias);
+    if (optional.positional_tokens) {
+      p.positional_tokens = parameter(torch::stable::transpose(*optional.positional_tokens, 1, 2));
+    }
+    p.positional_bias = parameter(optional.positional_bias);
+    const int64_t step = thread_count() / std::gcd(thread_count(), p.heads);
+    p.parts = step * std::max<int64_t>(1, (p.batch + step - 1) / step);
+    if (optional.pool_bias) add_pool_bias(*optional.pool_bias, *optional.pool_rows, *optional.pool_columns);
+  }
+
+  HeadMap map(const Tensor& x) { return head_map(keep(with_dense_rows(x))); }
+
+  Tensor keep(const Tensor& x) {
+    kept_.push_back(x);
+    return x;
+  }
+
+ private:
+  static constexpr ScalarType computed = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
+  const A* parameter(const std::optional<Tensor>& x) {
+    return x ? static_cast<const A*>(keep(dense(*x, computed)).const_data_ptr()) : nullptr;
+  }
+
+  void add_pool_bias(const Tensor& table, const Tensor& rows, const Tensor& column_index) {
+    BiasTable<A>& bias = problem.pool_bias;
+    const Tensor row_index = keep(dense(rows, ScalarType::Long));
+    check_indices(row_index, table.size(1), "pool_rows");
+    const Tensor dense_columns = keep(dense(column_index, ScalarType::Long));
+    check_indices(dense_columns, table.size(2), "pool_columns");
+    columns.emplace(dense_columns, table.size(2));
+
+    bias.height = table.size(1), bias.width = columns->width;
+    bias.rows = indices(row_index), bias.origins = columns->origins.data();
+    const A* from = parameter(table);
+    const int64_t height = problem.heads * bias.height, width = table.size(2);
+    A* to = static_cast<A*>(keep(empty(table, {height * bias.width + 64 / int64_t(sizeof(A))}, computed)).data_ptr());
+    torch::stable::parallel_for(0, height, 64, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        columns->for_columns([&](int64_t place, int64_t column) { to[t * bias.width + place] = from[t * width + column]; });
+    });
+    for (int64_t i = 0; i < 64 / int64_t(sizeof(A)); ++i) to[height * bias.width + i] = 0;
+    bias.data = to;
+  }
+
+  std::vector<Tensor> kept_;
+};
+
+template <class F>
+auto with_computed(const Tensor& q, const F& f) {
+  return dtype_of(q) == Dtype::float64 ? f(Type<double>()) : f(Type<float>());
+}
+
+std::tuple<Tensor, Tensor> attention(
+    Tensor q, Tensor k, Tensor v, Tensor k_pool, Tensor v_pool, Tensor scale, std::optional<Tensor> query_embedding,
+    std::optional<Tensor> window_bias, std::optional<Tensor> pool_bias, std::optional<Tensor> pool_rows,
+    std::optional<Tensor> pool_columns, std::optional<Tensor> positional_tokens, std::optional<Tensor> positional_bias,
+    int64_t window_size, bool length_scaled, bool normalize) {
+  const Optional optional{query_embedding, window_bias,       pool_bias,      pool_rows,
+                          pool_columns,    positional_tokens, positional_bias};
+  return with_computed(q, [&](auto type) {
+    using A = typename decltype(type)::type;
+    Call<A> call(q, k, v, k_pool, v_pool, scale, optional, window_size, length_scaled, normalize);
+    AttentionProblem<A>& p = call.problem;
+    Tensor out = empty(q, {p.batch, p.height, p.width, p.heads, p.d}, q.scalar_type());
+    Tensor lse = empty(q, {p.batch, p.height, p.width, p.heads}, compute_type(q));
+    p.out = head_map(out);
+    p.lse = static_cast<A*>(lse.data_ptr());
+    if (out.numel() > 0) attention_forward(p);
+    return std::make_tuple(out, lse);
+  });
+}
+
+}  // namespace
+}  // namespace foveal
+
+STABLE_TORCH_LIBRARY_IMPL(foveal, CPU, m) {
+  m.impl("aggregated_attention", TORCH_BOX(&foveal::attention));
+}
