@@ -1,6 +1,7 @@
 // aggregated_attention: from tensors to one problem in numbers and pointers.
 #include "attention.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "tensor.h"
@@ -68,6 +69,9 @@ struct Optional {
 template <class A>
 class Call {
  public:
+  static constexpr ScalarType computed = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+  static constexpr int64_t spare = 64 / sizeof(A);  // the widest vector: a tile may read so far past a table's end
+
   AttentionProblem<A> problem{};
   std::optional<ColumnLayout> columns;
 
@@ -99,8 +103,6 @@ class Call {
   }
 
  private:
-  static constexpr ScalarType computed = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-
   const A* parameter(const std::optional<Tensor>& x) {
     return x ? static_cast<const A*>(keep(dense(*x, computed)).const_data_ptr()) : nullptr;
   }
@@ -117,12 +119,12 @@ class Call {
     bias.rows = indices(row_index), bias.origins = columns->origins.data();
     const A* from = parameter(table);
     const int64_t height = problem.heads * bias.height, width = table.size(2);
-    A* to = static_cast<A*>(keep(empty(table, {height * bias.width + 64 / int64_t(sizeof(A))}, computed)).data_ptr());
+    const int64_t size = height * bias.width + spare;
+    A* to = static_cast<A*>(keep(torch::stable::new_zeros(table, {&size, 1}, computed)).data_ptr());
     torch::stable::parallel_for(0, height, 64, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
         columns->for_columns([&](int64_t place, int64_t column) { to[t * bias.width + place] = from[t * width + column]; });
     });
-    for (int64_t i = 0; i < 64 / int64_t(sizeof(A)); ++i) to[height * bias.width + i] = 0;
     bias.data = to;
   }
 
@@ -135,10 +137,11 @@ auto with_computed(const Tensor& q, const F& f) {
 }
 
 std::tuple<Tensor, Tensor> attention(
-    Tensor q, Tensor k, Tensor v, Tensor k_pool, Tensor v_pool, Tensor scale, std::optional<Tensor> query_embedding,
-    std::optional<Tensor> window_bias, std::optional<Tensor> pool_bias, std::optional<Tensor> pool_rows,
-    std::optional<Tensor> pool_columns, std::optional<Tensor> positional_tokens, std::optional<Tensor> positional_bias,
-    int64_t window_size, bool length_scaled, bool normalize) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& scale,
+    const std::optional<Tensor>& query_embedding, const std::optional<Tensor>& window_bias,
+    const std::optional<Tensor>& pool_bias, const std::optional<Tensor>& pool_rows,
+    const std::optional<Tensor>& pool_columns, const std::optional<Tensor>& positional_tokens,
+    const std::optional<Tensor>& positional_bias, int64_t window_size, bool length_scaled, bool normalize) {
   const Optional optional{query_embedding, window_bias,       pool_bias,      pool_rows,
                           pool_columns,    positional_tokens, positional_bias};
   return with_computed(q, [&](auto type) {
@@ -154,9 +157,130 @@ std::tuple<Tensor, Tensor> attention(
   });
 }
 
+// The gradient of a call's parameters, added up over the parts of the rows.
+template <class A>
+class PartSums {
+ public:
+  PartSums(const A* parts, int64_t heads, int64_t count, int64_t size)
+      : parts_(parts), heads_(heads), count_(count), size_(size) {}
+
+  // sum(head, place) of all parts.
+  A operator()(int64_t head, int64_t place) const {
+    A sum = 0;
+    for (int64_t part = 0; part < count_; ++part) sum += parts_[(head * count_ + part) * size_ + place];
+    return sum;
+  }
+
+  // A tensor like x whose element n of head h is the sum at place(n).
+  template <class F>
+  Tensor gradient(const Tensor& x, const F& place) const {
+    Tensor grad = torch::stable::new_empty(x, x.sizes(), Call<A>::computed);
+    A* to = static_cast<A*>(grad.data_ptr());
+    const int64_t size = x.numel() / heads_;
+    for (int64_t h = 0; h < heads_; ++h)
+      for (int64_t n = 0; n < size; ++n) to[h * size + n] = (*this)(h, place(n));
+    return dense(grad, x.scalar_type());
+  }
+
+  Tensor table_gradient(const Tensor& table, const ColumnLayout& columns) const {
+    Tensor grad = torch::stable::new_zeros(table, table.sizes(), Call<A>::computed);
+    A* to = static_cast<A*>(grad.data_ptr());
+    const int64_t height = table.size(1), width = table.size(2);
+    torch::stable::parallel_for(0, heads_ * height, 16, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        columns.for_columns([&](int64_t place, int64_t column) {
+          to[t * width + column] += (*this)(t / height, t % height * columns.width + place);
+        });
+      }
+    });
+    return dense(grad, table.scalar_type());
+  }
+
+ private:
+  const A* parts_;
+  int64_t heads_, count_, size_;
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                             Tensor, Tensor>;
+
+Gradients attention_gradients(
+    const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& k_pool, const Tensor& v_pool, const Tensor& scale, const std::optional<Tensor>& query_embedding,
+    const std::optional<Tensor>& window_bias, const std::optional<Tensor>& pool_bias,
+    const std::optional<Tensor>& pool_rows, const std::optional<Tensor>& pool_columns,
+    const std::optional<Tensor>& positional_tokens, const std::optional<Tensor>& positional_bias, int64_t window_size,
+    bool length_scaled, bool normalize, int64_t wanted) {
+  const Optional optional{query_embedding, window_bias,       pool_bias,      pool_rows,
+                          pool_columns,    positional_tokens, positional_bias};
+  return with_computed(q, [&](auto type) -> Gradients {
+    using A = typename decltype(type)::type;
+    Call<A> call(q, k, v, k_pool, v_pool, scale, optional, window_size, length_scaled, normalize);
+    AttentionBackward<A> args{};
+    AttentionProblem<A>& p = args.problem;
+    p = call.problem;
+    args.wanted = wanted;
+    args.grad = call.map(grad);
+    p.out = call.map(out);
+    p.lse = static_cast<A*>(call.keep(torch::stable::contiguous(lse)).data_ptr());
+
+    const auto like = [&](const Tensor& x, int64_t want, HeadMap& map) {
+      if (!(wanted & want)) return no_gradient(grad);
+      Tensor result = torch::stable::new_empty(x, x.sizes());
+      map = head_map(result);
+      return result;
+    };
+    Tensor grad_q = like(q, want_q, args.q), grad_k = like(k, want_k, args.k), grad_v = like(v, want_v, args.v);
+    Tensor grad_k_pool = like(k_pool, want_k_pool, args.k_pool), grad_v_pool = like(v_pool, want_v_pool, args.v_pool);
+
+    const auto memory = [&](bool is_wanted, int64_t size) -> A* {
+      if (!is_wanted) return nullptr;
+      return static_cast<A*>(call.keep(empty(q, {p.heads * size}, compute_type(q))).data_ptr());
+    };
+    const int64_t parameters = ParameterGradients(p.d, p.cells()).count;
+    const int64_t table = pool_bias ? p.pool_bias.height * p.pool_bias.width + call.spare : 0;
+    const int64_t pooled = (p.batch + p.parts - 1) * p.keys() * p.d;
+    args.parameter_parts = memory(true, p.parts * parameters);
+    args.pool_bias_parts = memory(wanted & want_pool_bias, p.parts * table);
+    args.k_pool_parts = memory(wanted & want_k_pool, pooled);
+    args.v_pool_parts = memory(wanted & want_v_pool, pooled);
+    attention_backward(args);
+
+    const ParameterGradients places(p.d, p.cells());
+    const PartSums<A> sums(args.parameter_parts, p.heads, p.parts, parameters);
+    const auto parameter = [&](const std::optional<Tensor>& x, int64_t want, int64_t first) {
+      if (!x || !(wanted & want)) return no_gradient(grad);
+      return sums.gradient(*x, [&](int64_t n) { return first + n; });
+    };
+    Tensor grad_tokens = no_gradient(grad), grad_table = no_gradient(grad);
+    if (positional_tokens && wanted & want_positional_tokens) {  // (d, k * k), and (k * k, d) in the kernels
+      grad_tokens = sums.gradient(*positional_tokens, [&](int64_t n) {
+        return places.positional_tokens + n % p.cells() * p.d + n / p.cells();
+      });
+    }
+    if (pool_bias && wanted & want_pool_bias) {
+      grad_table = PartSums<A>(args.pool_bias_parts, p.heads, p.parts, table).table_gradient(*pool_bias, *call.columns);
+    }
+    return {grad_q,
+            grad_k,
+            grad_v,
+            grad_k_pool,
+            grad_v_pool,
+            parameter(scale, want_scale, places.scale),
+            parameter(query_embedding, want_query_embedding, places.query_embedding),
+            parameter(window_bias, want_window_bias, places.window_bias),
+            grad_table,
+            no_gradient(grad),
+            no_gradient(grad),
+            grad_tokens,
+            parameter(positional_bias, want_positional_bias, places.positional_bias)};
+  });
+}
+
 }  // namespace
 }  // namespace foveal
 
 STABLE_TORCH_LIBRARY_IMPL(foveal, CPU, m) {
   m.impl("aggregated_attention", TORCH_BOX(&foveal::attention));
+  m.impl("aggregated_attention_backward", TORCH_BOX(&foveal::attention_gradients));
 }

@@ -76,14 +76,15 @@ struct ParameterGradients {
 
 template <class A>
 struct AttentionBackward {
-  AttentionProblem<A> problem;
+  AttentionProblem<A> problem;  // out and lse are those of forward
   int64_t wanted;
   HeadMap grad;
-  HeadMap q, k, v, k_pool, v_pool;
-  // Sums over one part of the rows, (heads, parts, ...), to be added up in order.
-  A* parameters;  // ParameterGradients
-  A* pool_bias;   // like the table of one head, and one more vector
-  A* k_pool_parts;  // (heads, B + parts - 1, Hp * Wp, d): what part p adds to image b is at b + p
+  HeadMap q, k, v, k_pool, v_pool;  // gradients
+  // What each part of the rows found, to be added up in order: (heads, parts, ...).
+  A* parameter_parts;  // ParameterGradients
+  A* pool_bias_parts;  // the table of one head as the kernels read it, and room for one more vector
+  // (heads, B + parts - 1, Hp * Wp, d): what part p found for image b is at b + p.
+  A* k_pool_parts;  // of the normalised keys; added up by the kernel
   A* v_pool_parts;
 };
 
@@ -100,8 +101,8 @@ FOVEAL_HOST_DEVICE T normalizing_factor(T norm) {  // T: A or a vector of it
   return A(1) / (norm < A(1e-12) ? T{} + A(1e-12) : norm);
 }
 
-template <class A>
-FOVEAL_HOST_DEVICE bool has_unit_length(A factor) {
+template <class A, class T>
+FOVEAL_HOST_DEVICE auto has_unit_length(T factor) {
   return factor < A(1) / A(1e-12);
 }
 
@@ -109,3 +110,5 @@ FOVEAL_HOST_DEVICE bool has_unit_length(A factor) {
 
 FOVEAL_KERNEL(attention_forward, AttentionProblem<float>)
 FOVEAL_KERNEL(attention_forward, AttentionProblem<double>)
+FOVEAL_KERNEL(attention_backward, AttentionBackward<float>)
+FOVEAL_KERNEL(attention_backward, AttentionBackward<double>)

@@ -212,6 +212,11 @@ class VisibleRows {
     });
   }
 
+  // Where in the head's table the queries of the row find the bias of key n.
+  int64_t table_place(int64_t n) const {
+    return pool_bias_[n] - (p.pool_bias.data + head * p.pool_bias.height * p.pool_bias.width);
+  }
+
   // visit(Size<N>(), logits, n) for blocks of the pooled keys n ... n + N - 1 in [begin, end).
   template <class F>
   void pooled_logits(const A* embedded, int64_t stride, int64_t x, int64_t begin, int64_t end, const F& visit) const {
