@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -33,16 +33,16 @@ class BuildWithLibrary(build_py):
 class PlatformWheel(bdist_wheel):
     """One library serves every Python 3."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
-
     def get_tag(self):
         return "py3", "none", f"linux_{platform.machine()}"
 
 
-setup(
-    cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": PlatformWheel}
-    if os.environ.get("FOVEAL_BUILD") == "1"
-    else {}
-)
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self):
+        return True
+
+
+if os.environ.get("FOVEAL_BUILD") == "1":
+    setup(distclass=BinaryDistribution, cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": PlatformWheel})
+else:
+    setup()

@@ -99,9 +99,11 @@ FOVEAL_HOST_DEVICE Activated<V> activate_with_slope(V x) {
   }
   if constexpr (act == Act::relu) return {x < S(0) ? V{} : x, x <= S(0) ? V{} : V{} + S(1)};
   if constexpr (act == Act::silu || act == Act::gelu_tanh) {
-    const V sigmoid = S(1) / (S(1) + exponential(-sigmoid_argument<act, S>(x)));
+    const V argument = sigmoid_argument<act, S>(x);
+    const V decay = exponential(argument < S(0) ? argument : -argument), rest = S(1) / (S(1) + decay);
+    const V sigmoid = argument < S(0) ? decay * rest : rest;
     const V rate = act == Act::silu ? V{} + S(1) : S(1.5957691216057308) + S(0.21406444881780076) * x * x;
-    return {x * sigmoid, sigmoid + x * sigmoid * (S(1) - sigmoid) * rate};
+    return {x * sigmoid, sigmoid + x * rate * decay * rest * rest};
   }
   return {x, V{} + S(1)};
 }

@@ -1,0 +1,68 @@
+"""What the tests of compiled ops share: running an op by both backends, error bounds, poisoned memory."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveal.ops import backend, library
+
+# Added to the bound on an error, relative to the largest magnitude or 1: a few roundings of the coarser of the result's
+# type and the type it is computed in.
+SLACK = {torch.float64: 2**-46, torch.float32: 2**-21, torch.bfloat16: 2**-9}
+# No error may exceed this, whatever plain PyTorch makes of it.
+CAP = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+needs_compiler = pytest.mark.skipif(library.why_not("cpu") is not None, reason=str(library.why_not("cpu")))
+
+
+def results(
+    function: Callable, inputs: Sequence[Tensor | None], name: str, grad_dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The output of ``function(*inputs)`` by a backend, then the gradient of every input that requires one.
+
+    The upstream gradient is random, the same at every call, and rounded to ``grad_dtype`` (that of the output).
+    """
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    with backend(name):
+        out = function(*inputs)
+    if not wanted:
+        return [out]
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grad = grad.to(grad_dtype or out.dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
+
+
+def as_float64(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().double().requires_grad_(x.requires_grad)
+
+
+def assert_as_accurate(function: Callable, inputs: Sequence[Tensor | None]) -> None:
+    """Compiled output and gradients err by at most twice what the reference errs, both against float64."""
+    compiled, plain = (results(function, inputs, name) for name in ("compiled", "reference"))
+    dtype = compiled[0].dtype
+    exact = results(function, [as_float64(x) for x in inputs], "reference", dtype)
+    for index, (ours, theirs, truth) in enumerate(zip(compiled, plain, exact, strict=True)):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        if truth.numel() == 0:
+            continue
+        coarser = max(ours.dtype, torch.promote_types(dtype, torch.float32), key=SLACK.__getitem__)
+        scale = truth.abs().max().clamp(min=1)
+        error, bound = ((x.double() - truth).abs().max() for x in (ours, theirs))
+        assert error <= 2 * bound + SLACK[coarser] * scale, f"result {index}: {error:.2e}, reference {bound:.2e}"
+        assert error <= CAP[coarser] * scale, f"result {index}: {error:.2e} of {scale:.2e}"
+
+
+@contextmanager
+def poisoned_memory():
+    """Tensors allocated without a value are full of NaN, inside an op's kernel too."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        assert torch.empty(8).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
