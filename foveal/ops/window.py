@@ -6,6 +6,7 @@ from torch import Tensor
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_same_dtype, check_shape, check_window_size
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops.backend import runs_compiled, unserved_dtype
 
 _MAP = "(B, H, W, heads, d)"
 
@@ -28,6 +29,8 @@ def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     check_dim("q", q, _MAP)
     check_shape("k", k, q.shape, _MAP)
     check_same_dtype(q=q, k=k)
+    if runs_compiled("window_scores", k, unserved_dtype(k)):
+        return torch.ops.foveal.window_scores(q, k, window_size)
     return reference.window_scores(q, k, window_size)
 
 
@@ -48,6 +51,8 @@ def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
     check_dim("v", v, _MAP)
     check_shape("weights", weights, (*v.shape[:-1], window_size**2), "(B, H, W, heads, k * k)")
     check_same_dtype(v=v, weights=weights)
+    if runs_compiled("window_sum", v, unserved_dtype(v)):
+        return torch.ops.foveal.window_sum(weights, v, window_size)
     return reference.window_sum(weights, v, window_size)
 
 

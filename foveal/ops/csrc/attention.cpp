@@ -1,19 +1,9 @@
 // aggregated_attention: from tensors to one problem in numbers and pointers.
 #include "attention.h"
-
-#include <algorithm>
-#include <numeric>
-
-#include "tensor.h"
+#include "window_tensors.h"
 
 namespace foveal {
 namespace {
-
-HeadMap head_map(const Tensor& x) {
-  const int64_t size = x.element_size();
-  return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size,
-          x.stride(3) * size};
-}
 
 const int64_t* indices(const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); }
 
@@ -80,6 +70,7 @@ class Call {
     AttentionProblem<A>& p = problem;
     p.batch = q.size(0), p.height = q.size(1), p.width = q.size(2), p.heads = q.size(3), p.d = q.size(4);
     p.pool_height = k_pool.size(1), p.pool_width = k_pool.size(2), p.window_size = window_size;
+    STD_TORCH_CHECK(p.d <= 128, "a head dimension of ", p.d, " is not served (at most 128)");
     p.bfloat16_maps = q.scalar_type() == ScalarType::BFloat16;
     p.length_scaled = length_scaled, p.normalize = normalize;
     p.q = map(q), p.k = map(k), p.v = map(v), p.k_pool = map(k_pool), p.v_pool = map(v_pool);
@@ -90,8 +81,7 @@ class Call {
       p.positional_tokens = parameter(torch::stable::transpose(*optional.positional_tokens, 1, 2));
     }
     p.positional_bias = parameter(optional.positional_bias);
-    const int64_t step = thread_count() / std::gcd(thread_count(), p.heads);
-    p.parts = step * std::max<int64_t>(1, (p.batch + step - 1) / step);
+    p.row_parts = row_parts(p.batch, p.height, p.heads);
     if (optional.pool_bias) add_pool_bias(*optional.pool_bias, *optional.pool_rows, *optional.pool_columns);
   }
 
@@ -131,11 +121,6 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-template <class F>
-auto with_computed(const Tensor& q, const F& f) {
-  return dtype_of(q) == Dtype::float64 ? f(Type<double>()) : f(Type<float>());
-}
-
 std::tuple<Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& scale,
     const std::optional<Tensor>& query_embedding, const std::optional<Tensor>& window_bias,
@@ -156,6 +141,9 @@ std::tuple<Tensor, Tensor> attention(
     return std::make_tuple(out, lse);
   });
 }
+
+// Bytes of the bias table's gradients by part of the rows; huge tables are shared by fewer, larger parts.
+constexpr int64_t max_table_parts = 256 << 20;
 
 // The gradient of a call's parameters, added up over the parts of the rows.
 template <class A>
@@ -219,6 +207,11 @@ Gradients attention_gradients(
     AttentionBackward<A> args{};
     AttentionProblem<A>& p = args.problem;
     p = call.problem;
+    const int64_t table = pool_bias ? p.pool_bias.height * p.pool_bias.width + call.spare : 0;
+    if (wanted & want_pool_bias) {
+      const int64_t affordable = max_table_parts / (p.heads * table * int64_t(sizeof(A)));
+      p.row_parts.parts = std::clamp<int64_t>(affordable, 1, p.parts());
+    }
     args.wanted = wanted;
     args.grad = call.map(grad);
     p.out = call.map(out);
@@ -238,16 +231,15 @@ Gradients attention_gradients(
       return static_cast<A*>(call.keep(empty(q, {p.heads * size}, compute_type(q))).data_ptr());
     };
     const int64_t parameters = ParameterGradients(p.d, p.cells()).count;
-    const int64_t table = pool_bias ? p.pool_bias.height * p.pool_bias.width + call.spare : 0;
-    const int64_t pooled = (p.batch + p.parts - 1) * p.keys() * p.d;
-    args.parameter_parts = memory(true, p.parts * parameters);
-    args.pool_bias_parts = memory(wanted & want_pool_bias, p.parts * table);
+    const int64_t pooled = (p.batch + p.parts() - 1) * p.keys() * p.d;
+    args.parameter_parts = memory(true, p.parts() * parameters);
+    args.pool_bias_parts = memory(wanted & want_pool_bias, p.parts() * table);
     args.k_pool_parts = memory(wanted & want_k_pool, pooled);
     args.v_pool_parts = memory(wanted & want_v_pool, pooled);
     attention_backward(args);
 
     const ParameterGradients places(p.d, p.cells());
-    const PartSums<A> sums(args.parameter_parts, p.heads, p.parts, parameters);
+    const PartSums<A> sums(args.parameter_parts, p.heads, p.parts(), parameters);
     const auto parameter = [&](const std::optional<Tensor>& x, int64_t want, int64_t first) {
       if (!x || !(wanted & want)) return no_gradient(grad);
       return sums.gradient(*x, [&](int64_t n) { return first + n; });
@@ -259,7 +251,7 @@ Gradients attention_gradients(
       });
     }
     if (pool_bias && wanted & want_pool_bias) {
-      grad_table = PartSums<A>(args.pool_bias_parts, p.heads, p.parts, table).table_gradient(*pool_bias, *call.columns);
+      grad_table = PartSums<A>(args.pool_bias_parts, p.heads, p.parts(), table).table_gradient(*pool_bias, *call.columns);
     }
     return {grad_q,
             grad_k,

@@ -1,19 +1,9 @@
 // aggregated_attention: one call as plain numbers and pointers, and the arithmetic of one query (equations 1-5, 10-14).
 #pragma once
 
-#include "common.h"
+#include "window.h"
 
 namespace foveal {
-
-// (B, H, W, heads, d) in memory: strides in bytes, channels dense.
-struct HeadMap {
-  char* data;
-  int64_t batch, row, column, head;
-
-  FOVEAL_HOST_DEVICE char* at(int64_t b, int64_t i, int64_t j, int64_t h) const {
-    return data + b * batch + i * row + j * column + h * head;
-  }
-};
 
 // The table of the pooled bias, laid out so that neighbouring queries of a row read neighbouring entries: query (i, j)
 // and key (a, b) of a head meet at table[rows[i * Hp + a] * width + origins[b] + j].
@@ -29,6 +19,7 @@ struct BiasTable {
 template <class A>
 struct AttentionProblem {
   int64_t batch, height, width, heads, d, pool_height, pool_width, window_size;
+  RowParts row_parts;
   bool bfloat16_maps, length_scaled, normalize;
   HeadMap q, k, v, k_pool, v_pool, out;
   A* lse;                      // (B, H, W, heads)
@@ -38,12 +29,11 @@ struct AttentionProblem {
   const A* positional_tokens;  // (heads, k * k, d)
   const A* positional_bias;    // (heads, k * k)
   BiasTable<A> pool_bias;
-  int64_t parts;  // into how many the rows of all images are cut, for every head
 
   FOVEAL_HOST_DEVICE int64_t keys() const { return pool_height * pool_width; }
   FOVEAL_HOST_DEVICE int64_t cells() const { return window_size * window_size; }
   FOVEAL_HOST_DEVICE int64_t radius() const { return window_size / 2; }
-  FOVEAL_HOST_DEVICE int64_t first_row(int64_t part) const { return batch * height * part / parts; }
+  FOVEAL_HOST_DEVICE int64_t parts() const { return row_parts.parts; }
 };
 
 // Bit i of `wanted` asks for the gradient of the schema's tensor i.
@@ -87,13 +77,6 @@ struct AttentionBackward {
   A* k_pool_parts;  // of the normalised keys; added up by the kernel
   A* v_pool_parts;
 };
-
-// How many of the 2 * radius + 1 cells around `position` lie on a side of this length.
-FOVEAL_HOST_DEVICE int64_t cells_inside(int64_t position, int64_t side, int64_t radius) {
-  const int64_t first = position < radius ? 0 : position - radius;
-  const int64_t last = position + radius < side ? position + radius : side - 1;
-  return last - first + 1;
-}
 
 // Vectors are scaled to unit length by 1 / max(|x|, 1e-12); a vector shorter than that is not projected in backward.
 template <class A, class T>

@@ -58,7 +58,7 @@ class Backward {
     fill_zeros(token_sums, p.cells() * padded_d);
     if (!wants(want_pool_bias)) return;
     const int64_t size = p.pool_bias.height * p.pool_bias.width + 64 / int64_t(sizeof(A));
-    table_grads = args.pool_bias_parts + (head * p.parts + part) * size;
+    table_grads = args.pool_bias_parts + (head * p.parts() + part) * size;
     fill_zeros(table_grads, size);
   }
 
@@ -78,7 +78,7 @@ class Backward {
       if (y < begin || y >= end) continue;
       for (int64_t x = 0; x < p.width; x += lanes<A>) key_tile(y, x);
     }
-    const int64_t place = (head * (p.batch + p.parts - 1) + image + part) * p.keys() * dim();
+    const int64_t place = (head * (p.batch + p.parts() - 1) + image + part) * p.keys() * dim();
     for (int64_t n = 0; n < p.keys() * dim(); ++n) {
       const int64_t from = n / dim() * padded_d + n % dim();
       if (wants(want_k_pool)) args.k_pool_parts[place + n] = pooled_key_grads[from];
@@ -88,7 +88,7 @@ class Backward {
 
   void finish() {
     const ParameterGradients places(p.d, p.cells());
-    A* to = args.parameter_parts + (head * p.parts + part) * places.count;
+    A* to = args.parameter_parts + (head * p.parts() + part) * places.count;
     to[places.scale] = sum_of_lanes(scale_sum);
     for (int64_t c = 0; c < dim(); ++c) to[places.query_embedding + c] = sum_of_lanes(embedding_sums + c * lanes<A>);
     for (int64_t n = 0; n < p.cells(); ++n) {
@@ -141,7 +141,7 @@ class Backward {
     rows.load_tile(p.out, i, x, tile, lanes<A>);
     Vector<A> lse = broadcast(A(__builtin_inf()));
     const A* from = p.lse + ((rows.image * p.height + i) * p.width + x) * p.heads + head;
-    for (int64_t lane = 0; lane < rows.valid_lanes(x); ++lane) lse[lane] = from[lane * p.heads];
+    for (int64_t lane = 0; lane < rows.tiles.valid_lanes(x); ++lane) lse[lane] = from[lane * p.heads];
 
     // A softmax's logit gradient is weight * (weight's gradient - mean), and mean = grad . (out - positional part).
     Vector<A> mean{};
@@ -289,15 +289,15 @@ class Backward {
 };
 
 template <class A, int D>
-void run(const AttentionBackward<A>& args, int64_t first_slot, int64_t last_slot) {
+void run(const AttentionBackward<A>& args, int64_t first, int64_t last) {
   Arena size{nullptr};
   Backward<A, D>(size, args);
   const Scratch<char> memory(size.used);
   Arena arena{memory};
   Backward<A, D> backward(arena, args);
   backward.prepare();
-  for_slots(
-      args.problem, first_slot, last_slot, [&](int64_t head, int64_t part) { backward.start(head, part); },
+  for_tasks(
+      args.problem.row_parts, first, last, [&](int64_t head, int64_t part) { backward.start(head, part); },
       [&](int64_t image, int64_t begin, int64_t end) { backward.image_rows(image, begin, end); },
       [&] { backward.finish(); });
 }
@@ -309,10 +309,10 @@ void pooled_gradients(const AttentionBackward<A>& args, int64_t image, int64_t h
   A key[max_dim], grad[max_dim];
   const auto sum_parts = [&](const A* parts, int64_t n) {
     for (int64_t c = 0; c < p.d; ++c) grad[c] = 0;
-    for (int64_t part = 0; part < p.parts; ++part) {
-      const int64_t begin = most(p.first_row(part), image * p.height);
-      if (begin >= least(p.first_row(part + 1), (image + 1) * p.height)) continue;
-      const A* from = parts + ((head * (p.batch + p.parts - 1) + image + part) * p.keys() + n) * p.d;
+    for (int64_t part = 0; part < p.parts(); ++part) {
+      const int64_t begin = most(p.row_parts.first_row(part), image * p.height);
+      if (begin >= least(p.row_parts.first_row(part + 1), (image + 1) * p.height)) continue;
+      const A* from = parts + ((head * (p.batch + p.parts() - 1) + image + part) * p.keys() + n) * p.d;
       for (int64_t c = 0; c < p.d; ++c) grad[c] += from[c];
     }
   };
@@ -342,7 +342,7 @@ void pooled_gradients(const AttentionBackward<A>& args, int64_t image, int64_t h
 template <class A>
 void backward(const AttentionBackward<A>& args) {
   const AttentionProblem<A>& p = args.problem;
-  parallel_for(p.heads * p.parts, 1, [&](int64_t first, int64_t last) {
+  parallel_for(p.heads * p.parts(), 1, [&](int64_t first, int64_t last) {
     with_dim<A>(p.d, [&](auto d) { run<A, decltype(d)::value>(args, first, last); });
   });
   if (!(args.wanted & (want_k_pool | want_v_pool))) return;

@@ -79,7 +79,7 @@ class Forward {
     rows.store_tile(sum, p.out, rows.row, x);
     const Vector<A> lse = largest + logarithm(total);
     A* to = p.lse + ((rows.image * p.height + rows.row) * p.width + x) * p.heads + rows.head;
-    for (int64_t lane = 0; lane < rows.valid_lanes(x); ++lane) to[lane * p.heads] = lse[lane];
+    for (int64_t lane = 0; lane < rows.tiles.valid_lanes(x); ++lane) to[lane * p.heads] = lse[lane];
   }
 
   // Turns logits into exp(logit - largest), and returns the sum of these.
@@ -100,7 +100,7 @@ class Forward {
 };
 
 template <class A, int D>
-void run(const AttentionProblem<A>& problem, int64_t first_slot, int64_t last_slot) {
+void run(const AttentionProblem<A>& problem, int64_t first, int64_t last) {
   Arena size{nullptr};
   Forward<A, D>(size, problem);
   const Scratch<char> memory(size.used);
@@ -108,15 +108,15 @@ void run(const AttentionProblem<A>& problem, int64_t first_slot, int64_t last_sl
   Forward<A, D> forward(arena, problem);
   forward.prepare();
   int64_t current = 0;
-  for_slots(
-      problem, first_slot, last_slot, [&](int64_t head, int64_t) { current = head; },
+  for_tasks(
+      problem.row_parts, first, last, [&](int64_t head, int64_t) { current = head; },
       [&](int64_t image, int64_t begin, int64_t end) { forward.image_rows(image, current, begin, end); }, [] {});
 }
 
 template <class A>
 void forward(const AttentionProblem<A>& problem) {
-  parallel_for(problem.heads * problem.parts, 1, [&](int64_t first_slot, int64_t last_slot) {
-    with_dim<A>(problem.d, [&](auto d) { run<A, decltype(d)::value>(problem, first_slot, last_slot); });
+  parallel_for(problem.heads * problem.parts(), 1, [&](int64_t first, int64_t last) {
+    with_dim<A>(problem.d, [&](auto d) { run<A, decltype(d)::value>(problem, first, last); });
   });
 }
 

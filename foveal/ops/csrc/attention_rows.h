@@ -2,44 +2,9 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_tiles.h"
+#include "window_rows.h"
 
 namespace foveal::FOVEAL_ISA {
-
-// Transposed rows of a map, only as many as a window is high, and a row of zeros. The zeros between one channel and the
-// next are the cells to the right of the one and to the left of the other.
-template <class A>
-class RowRing {
- public:
-  RowRing(Arena& arena, int64_t window_size, int64_t width, int64_t channels)
-      : window_size_(window_size), margin_(round_up(window_size / 2, lanes<A>)) {
-    int64_t vectors = round_up(width + window_size / 2, lanes<A>) / lanes<A>;
-    if (vectors >= 8) vectors |= 1;  // else channels of wide maps would share few sets of the cache
-    stride_ = vectors * lanes<A>;
-    row_size_ = channels * stride_ + 2 * margin_;
-    data_ = arena.take<A>((window_size_ + 1) * row_size_);
-  }
-
-  void clear() { __builtin_memset(data_, 0, (window_size_ + 1) * row_size_ * sizeof(A)); }
-
-  // From one channel to the next.
-  int64_t stride() const { return stride_; }
-
-  A* at(int64_t y, int64_t x) const { return data_ + y % window_size_ * row_size_ + margin_ + x; }
-
-  // Where the cells of the window around (y, x) lie, row-major; rows outside the map are zeros.
-  void point_at_window(int64_t y, int64_t x, int64_t height, const A** cells) const {
-    const int64_t radius = window_size_ / 2;
-    for (int64_t row = y - radius; row <= y + radius; ++row) {
-      const A* centre = row < 0 || row >= height ? at(window_size_ - 1, x) + row_size_ : at(row, x);
-      for (int64_t offset = -radius; offset <= radius; ++offset) *cells++ = centre + offset;
-    }
-  }
-
- private:
-  int64_t window_size_, margin_, stride_, row_size_;
-  A* data_;
-};
 
 // D: d where it is known at compile time, else 0.
 template <class A, int D>
@@ -47,6 +12,7 @@ class VisibleRows {
  public:
   VisibleRows(Arena& arena, const AttentionProblem<A>& problem)
       : p(problem),
+        tiles(arena, p.bfloat16_maps, p.width, max_dim),
         keys(arena, p.window_size, p.width, p.d),
         values(arena, p.window_size, p.width, p.d),
         key_factors(arena, p.window_size, p.width, 1),
@@ -59,13 +25,21 @@ class VisibleRows {
         padded_width_(round_up(p.width, lanes<A>)),
         column_bias_(arena.take<A>(p.window_size * padded_width_)),
         log_length_(arena.take<A>((p.window_size + 1) * padded_width_)),
-        zeros_(arena.take<A>(max_dim)),
-        pixels_(arena.take<A>(tile_size<A>)) {}
+        zeros_(arena.take<A>(max_dim)) {}
 
   int64_t dim() const { return D ? D : p.d; }
 
+  void load_tile(const HeadMap& map, int64_t y, int64_t x, A* tile, int64_t stride) const {
+    tiles.load(map, {image, head, y, x}, dim(), tile, stride);
+  }
+
+  void store_tile(const A* tile, const HeadMap& map, int64_t y, int64_t x) const {
+    tiles.store(tile, dim(), map, {image, head, y, x});
+  }
+
   // Once, before anything else.
   void prepare() {
+    tiles.clear();
     keys.clear();
     values.clear();
     key_factors.clear();
@@ -122,39 +96,6 @@ class VisibleRows {
     for (int64_t a = 0; a < p.pool_height; ++a)
       for (int64_t b = 0; b < p.pool_width; ++b)
         pool_bias_[a * p.pool_width + b] = table + bias.rows[i * p.pool_height + a] * bias.width + bias.origins[b];
-  }
-
-  // How many lanes of the tile at column x lie on the map.
-  int64_t valid_lanes(int64_t x) const { return least(p.width - x, int64_t(lanes<A>)); }
-
-  // The pixels (y, x...) of a map; lanes outside it become zero.
-  void load_tile(const HeadMap& map, int64_t y, int64_t x, A* tile, int64_t stride) {
-    const int64_t valid = valid_lanes(x);
-    const char* from = map.at(image, y, x, head);
-    const A* rows[lanes<A>];
-    for (int64_t lane = 0; lane < valid; ++lane, from += map.column) {
-      __builtin_prefetch(from + map.row);  // the next row's pixel, which the CPU does not foresee
-      __builtin_prefetch(from + map.row + 64);
-      A* pixel = pixels_ + lane * max_dim;
-      if (p.bfloat16_maps) read_pixel(from, true, dim(), pixel);
-      rows[lane] = p.bfloat16_maps ? pixel : reinterpret_cast<const A*>(from);
-    }
-    for (int64_t lane = valid; lane < lanes<A>; ++lane) rows[lane] = zeros_;
-    rows_to_tile(rows, dim(), tile, stride);
-  }
-
-  void store_tile(const A* tile, const HeadMap& map, int64_t y, int64_t x) {
-    const int64_t valid = valid_lanes(x);
-    char* to = map.at(image, y, x, head);
-    A* rows[lanes<A>];
-    for (int64_t lane = 0; lane < lanes<A>; ++lane) {
-      const bool direct = !p.bfloat16_maps && lane < valid;
-      rows[lane] = direct ? reinterpret_cast<A*>(to + lane * map.column) : pixels_ + lane * max_dim;
-    }
-    tile_to_rows(tile, lanes<A>, dim(), rows);
-    for (int64_t lane = 0; p.bfloat16_maps && lane < valid; ++lane) {
-      write_pixel(rows[lane], true, dim(), to + lane * map.column);
-    }
   }
 
   // Scales every lane to unit length, by the factor that is returned.
@@ -233,6 +174,7 @@ class VisibleRows {
   }
 
   const AttentionProblem<A>& p;
+  MapTiles<A> tiles;
   int64_t image = 0, head = 0, row = 0;
   RowRing<A> keys, values, key_factors;
   A *pooled_keys, *pooled_values, *pooled_factors;
@@ -242,25 +184,8 @@ class VisibleRows {
   const A** pool_bias_;
   A* row_bias_;
   int64_t padded_width_;
-  A *column_bias_, *log_length_, *zeros_, *pixels_;
+  A *column_bias_, *log_length_, *zeros_;
 };
-
-// The slots [first, last) one after the other: start(head, part), then rows(image, first row, last row) for its images.
-template <class A, class Start, class Rows, class Finish>
-void for_slots(const AttentionProblem<A>& p, int64_t first, int64_t last, const Start& start, const Rows& rows,
-               const Finish& finish) {
-  for (int64_t slot = first; slot < last; ++slot) {
-    const int64_t part = slot / p.heads, head = slot % p.heads;
-    start(head, part);
-    for (int64_t row = p.first_row(part), end = p.first_row(part + 1); row < end;) {
-      const int64_t image = row / p.height, begin = row % p.height;
-      const int64_t count = least(end - row, p.height - begin);
-      rows(image, begin, begin + count);
-      row += count;
-    }
-    finish();
-  }
-}
 
 template <int D>
 struct Dim {

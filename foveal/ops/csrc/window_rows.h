@@ -1,0 +1,118 @@
+// Maps by rows: tiles of them, the ring of rows that windows reach, and who works on which.
+#pragma once
+
+#include "attention_tiles.h"
+#include "window.h"
+
+namespace foveal::FOVEAL_ISA {
+
+// A tile's place: the first of its pixels, which are neighbours in a row.
+struct Place {
+  int64_t image, head, y, x;
+};
+
+// Moves tiles between memory and their transposed form.
+template <class A>
+class MapTiles {
+ public:
+  MapTiles(Arena& arena, bool bfloat16_maps, int64_t width, int64_t max_channels)
+      : bfloat16_maps_(bfloat16_maps),
+        width_(width),
+        max_channels_(max_channels),
+        zeros_(arena.take<A>(max_channels)),
+        pixels_(arena.take<A>(max_channels * lanes<A>)) {}
+
+  void clear() { __builtin_memset(zeros_, 0, max_channels_ * sizeof(A)); }
+
+  // How many lanes of a tile at column x lie on the map.
+  int64_t valid_lanes(int64_t x) const { return least(width_ - x, int64_t(lanes<A>)); }
+
+  // Lanes outside the map become zero.
+  FOVEAL_INLINE void load(const HeadMap& map, Place place, int64_t channels, A* tile, int64_t stride) const {
+    const int64_t valid = valid_lanes(place.x);
+    const char* from = map.at(place.image, place.y, place.x, place.head);
+    const A* rows[lanes<A>];
+    for (int64_t lane = 0; lane < valid; ++lane, from += map.column) {
+      __builtin_prefetch(from + map.row);  // the next row's pixel, which the CPU does not foresee
+      __builtin_prefetch(from + map.row + 64);
+      A* pixel = pixels_ + lane * max_channels_;
+      if (bfloat16_maps_) read_pixel(from, true, channels, pixel);
+      rows[lane] = bfloat16_maps_ ? pixel : reinterpret_cast<const A*>(from);
+    }
+    for (int64_t lane = valid; lane < lanes<A>; ++lane) rows[lane] = zeros_;
+    rows_to_tile(rows, channels, tile, stride);
+  }
+
+  FOVEAL_INLINE void store(const A* tile, int64_t channels, const HeadMap& map, Place place) const {
+    const int64_t valid = valid_lanes(place.x);
+    char* to = map.at(place.image, place.y, place.x, place.head);
+    A* rows[lanes<A>];
+    for (int64_t lane = 0; lane < lanes<A>; ++lane) {
+      const bool direct = !bfloat16_maps_ && lane < valid;
+      rows[lane] = direct ? reinterpret_cast<A*>(to + lane * map.column) : pixels_ + lane * max_channels_;
+    }
+    tile_to_rows(tile, lanes<A>, channels, rows);
+    for (int64_t lane = 0; bfloat16_maps_ && lane < valid; ++lane) {
+      write_pixel(rows[lane], true, channels, to + lane * map.column);
+    }
+  }
+
+ private:
+  bool bfloat16_maps_;
+  int64_t width_, max_channels_;
+  A *zeros_, *pixels_;
+};
+
+// Transposed rows of a map, only as many as a window is high, and a row of zeros. The zeros between one channel and the
+// next are the cells to the right of the one and to the left of the other.
+template <class A>
+class RowRing {
+ public:
+  RowRing(Arena& arena, int64_t window_size, int64_t width, int64_t channels)
+      : window_size_(window_size), margin_(round_up(window_size / 2, lanes<A>)) {
+    int64_t vectors = round_up(width + window_size / 2, lanes<A>) / lanes<A>;
+    if (vectors >= 8) vectors |= 1;  // else channels of wide maps would share few sets of the cache
+    stride_ = vectors * lanes<A>;
+    row_size_ = channels * stride_ + 2 * margin_;
+    data_ = arena.take<A>((window_size_ + 1) * row_size_);
+  }
+
+  void clear() { __builtin_memset(data_, 0, (window_size_ + 1) * row_size_ * sizeof(A)); }
+
+  // From one channel to the next.
+  int64_t stride() const { return stride_; }
+
+  A* at(int64_t y, int64_t x) const { return data_ + y % window_size_ * row_size_ + margin_ + x; }
+
+  // Where the cells of the window around (y, x) lie, row-major; rows outside the map are zeros.
+  void point_at_window(int64_t y, int64_t x, int64_t height, const A** cells) const {
+    const int64_t radius = window_size_ / 2;
+    for (int64_t row = y - radius; row <= y + radius; ++row) {
+      const A* centre = row < 0 || row >= height ? at(window_size_ - 1, x) + row_size_ : at(row, x);
+      for (int64_t offset = -radius; offset <= radius; ++offset) *cells++ = centre + offset;
+    }
+  }
+
+ private:
+  int64_t window_size_, margin_, stride_, row_size_;
+  A* data_;
+};
+
+// The tasks [first, last) one after the other: start(head, part), then rows(image, begin, end) for each of its images.
+template <class Start, class Rows, class Finish>
+FOVEAL_INLINE void for_tasks(const RowParts& p, int64_t first, int64_t last, const Start& start, const Rows& rows,
+                             const Finish& finish) {
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t part = task / p.heads, head = task % p.heads;
+    start(head, part);
+    for (int64_t row = p.first_row(part), end = p.first_row(part + 1); row < end;) {
+      const int64_t image = row / p.height, begin = row % p.height;
+      const int64_t count = least(end - row, p.height - begin);
+      rows(image, begin, begin + count);
+      row += count;
+    }
+    finish();
+  }
+}
+
+}  // namespace foveal::FOVEAL_ISA
