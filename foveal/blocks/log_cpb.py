@@ -1,5 +1,7 @@
 """Log-CPB: a position bias computed from log-spaced relative coordinates, for a map of any size."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ class LogCPB(nn.Module):
         self.fc1 = nn.Linear(2, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, num_heads, device=device, dtype=dtype)
         self._cache = WeightedCache()
-        self.register_load_state_dict_post_hook(lambda module, keys: module._cache.clear())
+        self.register_load_state_dict_post_hook(_forget)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -79,7 +81,7 @@ class LogCPB(nn.Module):
         return PositionBias(self._table(rows, columns, pretrain_grid), row_index, column_index)
 
     def _offsets(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-        weight = self.fc1.weight
+        weight = self.fc1.weight.detach()
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return torch.ops.foveal.relative_offsets(weight, queries, keys)
         return relative_offsets(queries, keys, weight.device)
@@ -99,3 +101,8 @@ class LogCPB(nn.Module):
     def train(self, mode: bool = True):
         self._cache.clear()
         return super().train(mode)
+
+
+def _forget(module: LogCPB, incompatible_keys: Any) -> None:
+    """A named function, unlike a lambda, lets the module be pickled."""
+    module._cache.clear()

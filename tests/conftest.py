@@ -1,0 +1,26 @@
+"""What every test gets: fixed seeds, and a choice between the daily run and the full one."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well, as CI does")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: too long for every day; run with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow, as CI does")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
