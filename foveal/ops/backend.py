@@ -65,7 +65,7 @@ def runs_compiled(op: str, x: Tensor, unsupported: Sequence[str] = ()) -> bool:
     choice = current_backend()
     if choice == "reference":
         return False
-    reasons = [*unsupported, *_circumstances(x)]
+    reasons = [*unsupported, *circumstances(x)]
     if not reasons or choice == "compiled":
         tracing = torch.compiler.is_compiling()
         why = library.why_not_while_tracing(x.device.type) if tracing else library.why_not(x.device.type)
@@ -84,7 +84,7 @@ def unserved_dtype(x: Tensor) -> list[str]:
     return [f"{x.dtype} is not served on {x.device.type} ({', '.join(map(str, served))} are)"]
 
 
-def _circumstances(x: Tensor) -> list[str]:
+def circumstances(x: Tensor) -> list[str]:
     """Reasons that lie in how an op is called."""
     reasons = []
     if torch.compiler.is_exporting():

@@ -193,7 +193,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
                              Tensor, Tensor>;
 
 Gradients attention_gradients(
-    const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& grad, const Tensor& /*out*/, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& k_pool, const Tensor& v_pool, const Tensor& scale, const std::optional<Tensor>& query_embedding,
     const std::optional<Tensor>& window_bias, const std::optional<Tensor>& pool_bias,
     const std::optional<Tensor>& pool_rows, const std::optional<Tensor>& pool_columns,
@@ -214,7 +214,6 @@ Gradients attention_gradients(
     }
     args.wanted = wanted;
     args.grad = call.map(grad);
-    p.out = call.map(out);
     p.lse = static_cast<A*>(call.keep(torch::stable::contiguous(lse)).data_ptr());
 
     const auto like = [&](const Tensor& x, int64_t want, HeadMap& map) {

@@ -66,7 +66,7 @@ struct ParameterGradients {
 
 template <class A>
 struct AttentionBackward {
-  AttentionProblem<A> problem;  // out and lse are those of forward
+  AttentionProblem<A> problem;  // lse is that of forward, out is not used
   int64_t wanted;
   HeadMap grad;
   HeadMap q, k, v, k_pool, v_pool;  // gradients

@@ -30,8 +30,8 @@ class Backward {
         near_logit_grads(arena.take<A>(p.cells() * lanes<A>)),
         near_weight_grads(arena.take<A>(p.cells() * lanes<A>)),
         positional(arena.take<A>(p.cells() * lanes<A>)),
-        far_weights(arena.take<A>(chunk * lanes<A>)),
-        far_logit_grads(arena.take<A>(chunk * lanes<A>)),
+        far_weights(arena.take<A>(p.keys() * lanes<A>)),
+        far_grads(arena.take<A>(p.keys() * lanes<A>)),
         window_weights(arena.take<const A*>(p.cells())),
         pooled_key_grads(arena.take<A>(p.keys() * padded_d)),
         pooled_value_grads(arena.take<A>(p.keys() * padded_d)),
@@ -138,14 +138,10 @@ class Backward {
     rows.embed(query, x, u, embedded.stride());
     A* g = upstream.at(i, x);
     rows.load_tile(args.grad, i, x, g, upstream.stride());
-    rows.load_tile(p.out, i, x, tile, lanes<A>);
     Vector<A> lse = broadcast(A(__builtin_inf()));
     const A* from = p.lse + ((rows.image * p.height + i) * p.width + x) * p.heads + head;
     for (int64_t lane = 0; lane < rows.tiles.valid_lanes(x); ++lane) lse[lane] = from[lane * p.heads];
 
-    // A softmax's logit gradient is weight * (weight's gradient - mean), and mean = grad . (out - positional part).
-    Vector<A> mean{};
-    for (int64_t c = 0; c < dim(); ++c) mean += load(g + c * upstream.stride()) * load(tile + c * lanes<A>);
     rows.positional_weights(query, positional);
     rows.values.point_at_window(i, x, p.height, rows.cells);
     in_even_blocks<9>(p.cells(), [&](auto size, int64_t first) {
@@ -153,19 +149,25 @@ class Backward {
       Vector<A> sums[N] = {};
       dot<N>(g, upstream.stride(), dim(), WindowRows<A>{rows.cells, rows.values.stride()}, first, sums);
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
-        store(near_weight_grads + (first + n) * lanes<A>, sums[n]);
-        mean -= sums[n] * load(positional + (first + n) * lanes<A>);
-      }
+      for (int n = 0; n < N; ++n) store(near_weight_grads + (first + n) * lanes<A>, sums[n]);
     });
     rows.window_logits(u, embedded.stride(), x, near_logit_grads);
+    Vector<A> mean{};
     for (int64_t n = 0; n < p.cells(); ++n) {
-      A* logit = near_logit_grads + n * lanes<A>;
-      const Vector<A> weight = exponential(load(logit) - lse);
-      const Vector<A> logit_grad = weight * (load(near_weight_grads + n * lanes<A>) - mean);
-      store(logit, logit_grad);
-      store(logit_grads.at(i, x) + n * logit_grads.stride(), logit_grad);
+      A* near = near_logit_grads + n * lanes<A>;
+      const Vector<A> weight = exponential(load(near) - lse);
+      store(near, weight);
       store(weights.at(i, x) + n * weights.stride(), weight + load(positional + n * lanes<A>));
+      mean += weight * load(near_weight_grads + n * lanes<A>);
+    }
+    mean += pooled_weights(x, u, g, lse);
+
+    // The gradient of a softmax's logit: its weight times (the weight's gradient - the mean of these).
+    for (int64_t n = 0; n < p.cells(); ++n) {
+      A* near = near_logit_grads + n * lanes<A>;
+      const Vector<A> logit_grad = load(near) * (load(near_weight_grads + n * lanes<A>) - mean);
+      store(near, logit_grad);
+      store(logit_grads.at(i, x) + n * logit_grads.stride(), logit_grad);
     }
     if (!own) return;
 
@@ -176,37 +178,49 @@ class Backward {
       accumulate(window_weights, p.cells(), WindowRows<A>{rows.cells, rows.keys.stride()}, dim(), query_grad);
     }
     if (wants(want_q | want_scale | want_query_embedding | want_k_pool | want_v_pool | want_pool_bias)) {
-      pooled_keys(x, u, g, lse, mean);
+      pooled_products(x, u, g, mean);
     }
     window_parameters();
     finish_query(x, factor);
   }
 
+  // The weights of the pooled keys and their gradients; returns the sum of the products.
+  Vector<A> pooled_weights(int64_t x, const A* u, const A* g, Vector<A> lse) {
+    Vector<A> sum{};
+    rows.pooled_logits(u, embedded.stride(), x, 0, p.keys(), [&](auto size, auto& logits, int64_t first) {
+      constexpr int N = decltype(size)::value;
+      Vector<A> weight_grads[N] = {};
+      dot<N>(g, upstream.stride(), dim(), SharedRows<A>{rows.pooled_values, dim()}, first, weight_grads);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) {
+        const Vector<A> weight = exponential(logits[n] - lse);
+        sum += weight * weight_grads[n];
+        store(far_weights + (first + n) * lanes<A>, weight);
+        store(far_grads + (first + n) * lanes<A>, weight_grads[n]);
+      }
+    });
+    return sum;
+  }
+
   // What the pooled keys and the queries (row, x...) give each other.
-  void pooled_keys(int64_t x, const A* u, const A* g, Vector<A> lse, Vector<A> mean) {
+  void pooled_products(int64_t x, const A* u, const A* g, Vector<A> mean) {
     if (wants(want_k_pool)) to_rows(u, embedded.stride(), query_rows);
     if (wants(want_v_pool)) to_rows(g, upstream.stride(), upstream_rows);
     for (int64_t begin = 0; begin < p.keys(); begin += chunk) {
       const int64_t end = least(begin + chunk, p.keys()), count = end - begin;
-      rows.pooled_logits(u, embedded.stride(), x, begin, end, [&](auto size, auto& logits, int64_t first) {
-        constexpr int N = decltype(size)::value;
-        Vector<A> weight_grads[N] = {};
-        dot<N>(g, upstream.stride(), dim(), SharedRows<A>{rows.pooled_values, dim()}, first, weight_grads);
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-          const Vector<A> weight = exponential(logits[n] - lse);
-          store(far_weights + (first - begin + n) * lanes<A>, weight);
-          store(far_logit_grads + (first - begin + n) * lanes<A>, weight * (weight_grads[n] - mean));
-        }
-      });
+      const A* pooled = far_weights + begin * lanes<A>;
+      A* logit_grad = far_grads + begin * lanes<A>;
+      for (int64_t n = 0; n < count * lanes<A>; n += lanes<A>) {
+        store(logit_grad + n, load(pooled + n) * (load(logit_grad + n) - mean));
+      }
       if (wants(want_q | want_scale | want_query_embedding)) {
-        accumulate<D>(far_logit_grads, count, SharedRows<A>{rows.pooled_keys + begin * dim(), dim()}, query_grad);
+        accumulate<D>(logit_grad, count, SharedRows<A>{rows.pooled_keys + begin * dim(), dim()}, query_grad);
       }
       if (wants(want_k_pool)) {
-        accumulate_lanes(far_logit_grads, count, query_rows, padded_d, pooled_key_grads + begin * padded_d);
+        accumulate_lanes(logit_grad, count, query_rows, padded_d, pooled_key_grads + begin * padded_d);
       }
       if (wants(want_v_pool)) {
-        accumulate_lanes(far_weights, count, upstream_rows, padded_d, pooled_value_grads + begin * padded_d);
+        accumulate_lanes(pooled, count, upstream_rows, padded_d, pooled_value_grads + begin * padded_d);
       }
       if (wants(want_pool_bias)) add_to_table(x, begin, end);
     }
@@ -216,7 +230,7 @@ class Backward {
   void add_to_table(int64_t x, int64_t begin, int64_t end) {
     for (int64_t phase = 0; phase < 8; ++phase) {
       for (int64_t n = begin + phase; n < end; n += 8) {
-        add(table_grads + rows.table_place(n) + x, load(far_logit_grads + (n - begin) * lanes<A>));
+        add(table_grads + rows.table_place(n) + x, load(far_grads + n * lanes<A>));
       }
     }
   }
@@ -281,7 +295,7 @@ class Backward {
   VisibleRows<A, D> rows;
   RowRing<A> embedded, upstream, logit_grads, weights;
   A *query, *query_grad, *tile, *query_rows, *upstream_rows;
-  A *near_logit_grads, *near_weight_grads, *positional, *far_weights, *far_logit_grads;
+  A *near_logit_grads, *near_weight_grads, *positional, *far_weights, *far_grads;
   const A** window_weights;
   A *pooled_key_grads, *pooled_value_grads;
   A *scale_sum, *embedding_sums, *window_bias_sums, *positional_bias_sums, *token_sums;

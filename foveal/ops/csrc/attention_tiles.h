@@ -130,7 +130,7 @@ FOVEAL_INLINE void dot(const A* tile, int64_t stride, int64_t d, const Rows& row
 // tile += sum over n of weights[n] * rows[n]; blocks of channels stay in registers.
 template <int D, class A>
 FOVEAL_INLINE void accumulate(const A* weights, int64_t count, const SharedRows<A>& rows, A* tile) {
-  constexpr int block = registers == 32 ? (D == 24 ? 12 : 16) : 8;
+  constexpr int block = registers == 32 && D == 24 ? 12 : 8;
   in_even_blocks<block>(D ? D : rows.d, [&](auto size, int64_t first) {
     constexpr int N = decltype(size)::value;
     A* channels = tile + first * lanes<A>;
@@ -149,7 +149,7 @@ FOVEAL_INLINE void accumulate(const A* weights, int64_t count, const SharedRows<
 
 // The same over windows, of which the weights too may be shifted views; here blocks of weights stay in registers.
 template <class A>
-FOVEAL_INLINE void accumulate(const A* const* weights, int64_t count, const WindowRows<A>& rows, int64_t d, A* tile) {
+__attribute__((noinline)) void accumulate(const A* const* weights, int64_t count, const WindowRows<A>& rows, int64_t d, A* tile) {
   in_even_blocks<9>(count, [&](auto size, int64_t first) {
     constexpr int N = decltype(size)::value;
     Vector<A> weight[N];
@@ -171,7 +171,8 @@ FOVEAL_INLINE void accumulate(const A* const* weights, int64_t count, const Wind
 // sums[n] += sum over lanes of weights[n][lane] * rows[lane], for products that outlive the tile. Rows and sums are
 // row-major, padded to whole vectors.
 template <class A>
-FOVEAL_INLINE void accumulate_lanes(const A* weights, int64_t count, const A* rows, int64_t padded_d, A* sums) {
+__attribute__((noinline)) void accumulate_lanes(const A* weights, int64_t count, const A* rows, int64_t padded_d,
+                                                A* sums) {
   in_even_blocks<2>(padded_d / lanes<A>, [&](auto vectors, int64_t first_vector) {
     constexpr int V = decltype(vectors)::value;
     in_even_blocks<registers / 4>(count, [&](auto size, int64_t first) {

@@ -1,6 +1,7 @@
 // Tensors at the door of a kernel: PyTorch's stable ABI, for the files that are compiled once.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -58,8 +59,21 @@ inline Tensor with_dense_rows(const Tensor& x) {
 
 inline MapStrides map_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
+// Large results ask for huge pages: a fresh mapping of 4 KB pages takes longer to fault in than a kernel to fill.
+inline void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  Tensor result =
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  ask_for_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  return result;
 }
 
 // What a backward op returns for a gradient that nobody asked for.
