@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def effective_receptive_field(
     Raises:
         ValueError: where there is no such stage, no image, or no map ``(B, C, H', W')``.
     """
-    total, count = None, 0
+    total, count = torch.zeros(()), 0
     signs = torch.Generator().manual_seed(seed)
     with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
         for batch in (images,) if isinstance(images, Tensor) else images:
@@ -44,7 +45,7 @@ def effective_receptive_field(
             sign = torch.randint(2, centre.shape, generator=signs).to(centre) * 2 - 1
             (gradient,) = torch.autograd.grad(centre, pixels, sign)
             squares = gradient.square().sum(dim=(0, 1))
-            total = squares if total is None else total + squares
+            total = total.to(squares) + squares
             count += len(batch)
     if not count:
         raise ValueError("images must hold at least one image, got none")
@@ -91,7 +92,7 @@ def _evaluating(model: nn.Module):
             module.training = flag
 
 
-def _stage_map(model: nn.Module, images: Tensor, stage: int) -> Tensor:
+def _stage_map(model: Any, images: Tensor, stage: int) -> Tensor:
     """The map ``(B, C, H', W')`` of a stage."""
     if hasattr(model, "forward_intermediates"):
         count = len(model.feature_info)

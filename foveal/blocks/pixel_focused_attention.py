@@ -180,17 +180,17 @@ class PixelFocusedAttention(nn.Module):
         return x.new_full((self.num_heads,), math.sqrt(self.num_heads / self.dim), dtype=dtype)
 
     def _window_bias(self, grid: Grid) -> Tensor | None:
-        if self._window_log_cpb:
+        if self.log_cpb is not None and self._window_log_cpb:
             return self.log_cpb.window(self.window_size, self.pretrain_grid or grid)
         return self.window_bias
 
     def _pool_bias(self, grid: Grid, key_grid: Grid) -> PositionBias | None:
         if self.pool_bias is not None:
             return PositionBias.per_key(self.pool_bias, grid)
-        if not self._pool_log_cpb:
+        if self.log_cpb is None or not self._pool_log_cpb:
             return None
         if self.bias_resampling == "extrapolate":
             return self.log_cpb(grid, key_grid, self.pretrain_grid or grid)
-        declared = self.bias_grid
+        declared = self.bias_grid or grid
         bias = self.log_cpb(declared, self.key_grid(declared), self.pretrain_grid or declared)
         return bias.interpolate(grid, key_grid)

@@ -69,7 +69,7 @@ class SpatialReductionAttention(nn.Module):
         return self.proj_drop(self.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=height)))
 
     def _reduce(self, x: Tensor) -> Tensor:
-        if self.sr is None:
+        if self.sr is None or self.norm is None:
             return x
         missing_rows, missing_columns = (max(0, self.sr_ratio - side) for side in x.shape[1:3])
         x = F.pad(x.permute(0, 3, 1, 2), (0, missing_columns, 0, missing_rows))

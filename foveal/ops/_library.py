@@ -43,8 +43,9 @@ def gradients(function: Callable, inputs: Sequence[Tensor | None], wanted: int, 
             torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),
             torch.enable_grad(),
         ):
-            leaves = [None if x is None else x.detach().requires_grad_(i in chosen) for i, x in enumerate(inputs)]
-            values = torch.autograd.grad(function(*leaves), [leaves[i] for i in chosen], grad, materialize_grads=True)
+            leaves = {i: x.detach().requires_grad_() for i, x in enumerate(inputs) if x is not None and i in chosen}
+            out = function(*(leaves.get(i, x) for i, x in enumerate(inputs)))
+            values = torch.autograd.grad(out, list(leaves.values()), grad, materialize_grads=True)
         for i, value in zip(chosen, values, strict=True):
             result[i] = value.contiguous()
     return tuple(result)

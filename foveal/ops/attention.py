@@ -93,8 +93,8 @@ def aggregated_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
-    tensors = (q, k, v, k_pool, v_pool, scale, query_embedding, window_bias, table, rows, columns)
-    tensors += (positional_tokens, positional_bias)
+    pooled = (k_pool, v_pool, scale, query_embedding, window_bias, table, rows, columns)
+    tensors = (q, k, v, *pooled, positional_tokens, positional_bias)
     if runs_compiled("aggregated_attention", q, _unsupported(q, dropout_p)):
         return torch.ops.foveal.aggregated_attention(*tensors, window_size, length_scaled, normalize)[0]
     return reference.aggregated_attention(*tensors, window_size, length_scaled, normalize, dropout_p)

@@ -22,9 +22,9 @@ ACTIVATIONS = {
 }
 
 
-def at_least_float32(x: Tensor | None) -> Tensor | None:
+def at_least_float32(x: Tensor) -> Tensor:
     """Half types become float32; float32 and float64 stay."""
-    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -64,7 +64,7 @@ def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     """``q . k`` over the sliding window: ``(B, H, W, heads, d)`` twice to ``(B, H, W, heads, k * k)``, -inf outside."""
     query, key = at_least_float32(q), at_least_float32(k)
     scores = (query.unsqueeze(-2) @ windows(key, window_size)).squeeze(-2)
-    inside = inside_map(q.shape[1:3], window_size, q.device)
+    inside = inside_map((q.shape[1], q.shape[2]), window_size, q.device)
     return scores.masked_fill(~inside[:, :, None], float("-inf")).to(q.dtype)
 
 
@@ -106,20 +106,20 @@ def aggregated_attention_with_lse(
     """The attention's output ``(B, H, W, heads, d)`` and the log-sum-exp of its logits ``(B, H, W, heads)``."""
     result_dtype = q.dtype
     q, k, v, k_pool, v_pool, scale = map(at_least_float32, (q, k, v, k_pool, v_pool, scale))
-    grid, device = q.shape[1:3], q.device
+    grid = q.shape[1], q.shape[2]
     if normalize:
         q, k, k_pool = (F.normalize(x, dim=-1, eps=1e-12) for x in (q, k, k_pool))
 
     query = (q if query_embedding is None else q + query_embedding) * scale[:, None]
     if length_scaled:
-        length = inside_map(grid, window_size, device).sum(-1) + k_pool.shape[1] * k_pool.shape[2]
+        length = inside_map(grid, window_size, q.device).sum(-1) + k_pool.shape[1] * k_pool.shape[2]
         query = query * length.to(query.dtype).log()[:, :, None, None]
 
     near = window_scores(query, k, window_size)
     if window_bias is not None:
         near = near + window_bias
     far = torch.einsum("bhwnd,bpnd->bhwnp", query, k_pool.flatten(1, 2))
-    if pool_bias is not None:
+    if pool_bias is not None and pool_rows is not None and pool_columns is not None:
         bias = PositionBias(at_least_float32(pool_bias), pool_rows, pool_columns).dense()
         far = far + bias.unflatten(1, grid).permute(1, 2, 0, 3)
 
@@ -137,8 +137,9 @@ def aggregated_attention_with_lse(
 def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A k x k depthwise convolution with zero padding over ``(B, H, W, C)``; weight ``(C, 1, k, k)``, bias ``(C,)``."""
     channels, _, size, _ = weight.shape
-    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=size // 2, groups=channels).permute(0, 2, 3, 1)
+    bias = None if bias is None else bias.to(x.dtype)
+    x = x.permute(0, 3, 1, 2)
+    return F.conv2d(x, weight.to(x.dtype), bias, padding=size // 2, groups=channels).permute(0, 2, 3, 1)
 
 
 @_without_autocast
@@ -152,7 +153,7 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "g
 def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""
     activated = ACTIVATIONS[act](at_least_float32(x)).permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(activated, tuple(grid)).permute(0, 2, 3, 1).to(x.dtype)
+    return F.adaptive_avg_pool2d(activated, (grid[0], grid[1])).permute(0, 2, 3, 1).to(x.dtype)
 
 
 @_without_autocast
