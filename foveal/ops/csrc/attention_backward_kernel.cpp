@@ -152,22 +152,26 @@ class Backward {
       for (int n = 0; n < N; ++n) store(near_weight_grads + (first + n) * lanes<A>, sums[n]);
     });
     rows.window_logits(u, embedded.stride(), x, near_logit_grads);
-    Vector<A> mean{};
+    Sums sums{};
     for (int64_t n = 0; n < p.cells(); ++n) {
       A* near = near_logit_grads + n * lanes<A>;
       const Vector<A> weight = exponential(load(near) - lse);
       store(near, weight);
-      store(weights.at(i, x) + n * weights.stride(), weight + load(positional + n * lanes<A>));
-      mean += weight * load(near_weight_grads + n * lanes<A>);
+      sums.add(weight, load(near_weight_grads + n * lanes<A>));
     }
-    mean += pooled_weights(x, u, g, lse);
+    pooled_weights(x, u, g, lse, sums);
 
-    // The gradient of a softmax's logit: its weight times (the weight's gradient - the mean of these).
+    // The gradient of a softmax's logit: its weight times (the weight's gradient - the mean of these). The log-sum-exp
+    // is rounded, so the weights are made to add up to 1 again, or an error common to all of them would remain.
+    const Vector<A> share = sums.weights == A(0) ? Vector<A>{} : A(1) / sums.weights;  // 0 off the map
+    const Vector<A> mean = sums.products * share;
     for (int64_t n = 0; n < p.cells(); ++n) {
       A* near = near_logit_grads + n * lanes<A>;
-      const Vector<A> logit_grad = load(near) * (load(near_weight_grads + n * lanes<A>) - mean);
+      const Vector<A> weight = load(near) * share;
+      const Vector<A> logit_grad = weight * (load(near_weight_grads + n * lanes<A>) - mean);
       store(near, logit_grad);
       store(logit_grads.at(i, x) + n * logit_grads.stride(), logit_grad);
+      store(weights.at(i, x) + n * weights.stride(), weight + load(positional + n * lanes<A>));
     }
     if (!own) return;
 
@@ -178,15 +182,23 @@ class Backward {
       accumulate(window_weights, p.cells(), WindowRows<A>{rows.cells, rows.keys.stride()}, dim(), query_grad);
     }
     if (wants(want_q | want_scale | want_query_embedding | want_k_pool | want_v_pool | want_pool_bias)) {
-      pooled_products(x, u, g, mean);
+      pooled_products(x, u, g, share, mean);
     }
     window_parameters();
     finish_query(x, factor);
   }
 
-  // The weights of the pooled keys and their gradients; returns the sum of the products.
-  Vector<A> pooled_weights(int64_t x, const A* u, const A* g, Vector<A> lse) {
-    Vector<A> sum{};
+  struct Sums {
+    Vector<A> weights, products;  // of the softmax's weights; of these with their gradients
+
+    void add(Vector<A> weight, Vector<A> grad) {
+      weights += weight;
+      products += weight * grad;
+    }
+  };
+
+  // The weights of the pooled keys, and their gradients.
+  void pooled_weights(int64_t x, const A* u, const A* g, Vector<A> lse, Sums& sums) {
     rows.pooled_logits(u, embedded.stride(), x, 0, p.keys(), [&](auto size, auto& logits, int64_t first) {
       constexpr int N = decltype(size)::value;
       Vector<A> weight_grads[N] = {};
@@ -194,23 +206,23 @@ class Backward {
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
         const Vector<A> weight = exponential(logits[n] - lse);
-        sum += weight * weight_grads[n];
+        sums.add(weight, weight_grads[n]);
         store(far_weights + (first + n) * lanes<A>, weight);
         store(far_grads + (first + n) * lanes<A>, weight_grads[n]);
       }
     });
-    return sum;
   }
 
   // What the pooled keys and the queries (row, x...) give each other.
-  void pooled_products(int64_t x, const A* u, const A* g, Vector<A> mean) {
+  void pooled_products(int64_t x, const A* u, const A* g, Vector<A> share, Vector<A> mean) {
     if (wants(want_k_pool)) to_rows(u, embedded.stride(), query_rows);
     if (wants(want_v_pool)) to_rows(g, upstream.stride(), upstream_rows);
     for (int64_t begin = 0; begin < p.keys(); begin += chunk) {
       const int64_t end = least(begin + chunk, p.keys()), count = end - begin;
-      const A* pooled = far_weights + begin * lanes<A>;
+      A* pooled = far_weights + begin * lanes<A>;
       A* logit_grad = far_grads + begin * lanes<A>;
       for (int64_t n = 0; n < count * lanes<A>; n += lanes<A>) {
+        store(pooled + n, load(pooled + n) * share);
         store(logit_grad + n, load(pooled + n) * (load(logit_grad + n) - mean));
       }
       if (wants(want_q | want_scale | want_query_embedding)) {
