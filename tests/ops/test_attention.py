@@ -90,11 +90,8 @@ def make(case, dtype=torch.float32, parameter_dtype=None, without=(), bias=relat
         "pool_bias": position_bias.table,
     }
     tensors["scale"] = (0.5 + torch.rand(heads)).to(parameter_dtype)
-    # The scale's gradient is one sum over all queries, whose terms cancel: outside float64 it has a test of its own.
-    unbounded = {"scale"} if parameter_dtype != torch.float64 else set()
-    tensors = {
-        name: None if name in without else x.requires_grad_(name not in unbounded) for name, x in tensors.items()
-    }
+    # The scale's gradient is one sum over all queries, whose terms cancel: it has a test of its own.
+    tensors = {name: None if name in without else x.requires_grad_(name != "scale") for name, x in tensors.items()}
 
     def function(*values, length_scaled=True, normalize=True):
         named = dict(zip(tensors, values, strict=True))
@@ -169,7 +166,7 @@ def test_options(length_scaled, normalize, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("wanted", [1 << i for i in range(8)] + [0b11, 0b10000001])
+@pytest.mark.parametrize("wanted", [1 << i for i in range(8) if i != 2] + [0b11, 0b10000001])
 def test_gradients_one_by_one(wanted):
     function, tensors = make(Case((5, 18), (2, 3)), torch.float64)
     tensors = [x.detach().requires_grad_(bool(wanted >> i & 1)) for i, x in enumerate(tensors)]
@@ -178,22 +175,23 @@ def test_gradients_one_by_one(wanted):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_the_scale(dtype):
-    """Scaling logits is scaling queries, so its gradient is the sum of q . dq; its error, a part of that of |q . dq|."""
-    q, k, v = (torch.randn(2, 20, 18, 3, 24).to(dtype).requires_grad_() for _ in range(3))
-    k_pool, v_pool = (torch.randn(2, 5, 4, 3, 24).to(dtype) for _ in range(2))
-    scale = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradient_of_the_scale(dtype, alone):
+    """Scaling logits is scaling queries: the gradient is the sum of q . dq, its error a part of that of |q . dq|."""
+    maps = [torch.randn(2, 20, 18, 3, 24).to(dtype).requires_grad_(not alone) for _ in range(3)]
+    pooled = [torch.randn(2, 5, 4, 3, 24).to(dtype) for _ in range(2)]
+    scale = torch.tensor([0.1, 0.2, 0.3], dtype=max(dtype, torch.float32, key=lambda t: t.itemsize)).requires_grad_()
 
     def function(q, k, v, scale):
         options = {"window_size": 3, "scale": scale, "length_scaled": True, "normalize": False}
-        return ops.aggregated_attention(q, k, v, k_pool.to(q), v_pool.to(q), **options)
+        return ops.aggregated_attention(q, k, v, *(x.to(q) for x in pooled), **options)
 
-    compiled = results(function, [q, k, v, scale], "compiled")[-1]
-    doubles = [x.detach().double().requires_grad_() for x in (q, k, v, scale)]
+    compiled = results(function, [*maps, scale], "compiled")[-1]
+    doubles = [x.detach().double().requires_grad_() for x in (*maps, scale)]
     _, grad_q, *_, exact = results(function, doubles, "reference", dtype)
     terms = (doubles[0] * grad_q).abs().sum(dim=(0, 1, 2, 4)) / scale
-    assert ((compiled - exact).abs() <= 1e-6 * terms).all()
+    assert ((compiled - exact).abs() <= 8 * torch.finfo(scale.dtype).eps * terms).all()
 
 
 @needs_compiler
@@ -282,7 +280,7 @@ def test_expanded_gradient():
     grads = []
     for name in ("compiled", "reference"):
         with ops.backend(name):
-            grads.append(torch.autograd.grad(function(*tensors).sum(), tensors))
+            grads.append(torch.autograd.grad(function(*tensors).sum(), [x for x in tensors if x.requires_grad]))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
