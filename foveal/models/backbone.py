@@ -10,12 +10,12 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
-    to_2tuple,
 )
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from foveal.blocks.checks import check_probability, to_grid
 from foveal.blocks.initialization import init_linear
 from foveal.models.dry_run import output_shape
 from foveal.models.factory import located
@@ -75,17 +75,20 @@ class Backbone(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        stages = list(stages)
-        if not stages or not all(isinstance(stage, Stage) for stage in stages):
+        if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
             raise TypeError(f"stages must be a non-empty sequence of Stage, got {stages!r}")
+        rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
+        for name, rate in {**rates, "drop_path_rate": drop_path_rate}.items():
+            check_probability(name, rate)
         dd = {"device": device, "dtype": dtype}
         drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, "drop": proj_drop_rate}
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.feature_info: list[dict[str, Any]] = []
-        rates = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
-        grid = to_2tuple(img_size or pretrain_size or 224)
+        drop_path = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
+        pretrain_size, img_size = to_grid("pretrain_size", pretrain_size), to_grid("img_size", img_size)
+        grid = img_size or pretrain_size or (224, 224)
         width, reduction = in_chans, 1
 
         modules = []
@@ -102,7 +105,7 @@ class Backbone(nn.Module):
                 spec,
                 i,
                 downsample,
-                drop_path=rates[i],
+                drop_path=drop_path[i],
                 norm_layer=norm_layer or partial(nn.LayerNorm, eps=1e-6),
                 offered={**dd, **drops, **grids},
                 grid=grid,
@@ -184,10 +187,11 @@ class Backbone(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Declare the image size that interpolated position biases are made for. Others follow each input anyway."""
+        size = to_grid("img_size", img_size)
         for stage, info in zip(self.stages, self.feature_info, strict=False):
             for module in stage.modules():
                 if getattr(module, "bias_resampling", None) == "interpolate":
-                    module.bias_grid = _coarser(img_size, info["reduction"])
+                    module.bias_grid = _coarser(size, info["reduction"])
         update_model_input_size(self, img_size)
 
     @torch.jit.ignore
@@ -240,7 +244,6 @@ def _downsampled(
     return round(_PROBE / probed[1]), (out[1], out[2])
 
 
-def _coarser(size: int | tuple[int, int], reduction: int) -> tuple[int, int]:
+def _coarser(size: tuple[int, int], reduction: int) -> tuple[int, int]:
     """The grid of an image size at a reduction."""
-    height, width = to_2tuple(size)
-    return max(1, height // reduction), max(1, width // reduction)
+    return max(1, size[0] // reduction), max(1, size[1] // reduction)

@@ -17,13 +17,12 @@ _ATTENTION = {
     "norm": "pool.norm",
     "cpb_fc1": "log_cpb.fc1",
     "cpb_fc2": "log_cpb.fc2",
-    "q": "q",
-    "kv": "kv",
     "qkv": "qkv",
     "proj": "proj",
 }
 _MLP = {"fc1": "fc1", "dwconv.dwconv": "dwconv", "fc2": "fc2"}
 _BUFFERS = ("relative_pos_index", "relative_coords_table", "seq_length_scale", "padding_mask")
+_INSIDE = re.compile(r"(?:^|\.)(?:block|patch_embed)\d+\.")  # nothing official nests in these
 
 
 def _one_of(names: Mapping[str, str]) -> str:
@@ -65,16 +64,15 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: where a key is not one of the official layout, or a projection lacks its other half.
     """
-    state_dict = _unwrapped(state_dict)
     converted: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
+    for key, value in _join_projections(_unwrapped(state_dict)).items():
         if key.rpartition(".")[2] in _BUFFERS:
             continue
         name = _foveal_name(key)
         if name is None:
             raise ValueError(f"state_dict holds the key {key!r}, which is not of the official TransNeXt layout")
         converted[name] = value.reshape(_foveal_shape(key, value))
-    return _join_projections(converted)
+    return converted
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -112,7 +110,8 @@ def _foveal_name(key: str) -> str | None:
     module, parameter = (module, dot + last) if last in ("weight", "bias") else (key, "")
     for tail, name in _RULES:
         if match := re.search(rf"(?:^|(?<=\.)){tail}$", module):
-            return module[: match.start()] + name(match) + parameter
+            prefix = module[: match.start()]
+            return None if _INSIDE.search(prefix) else prefix + name(match) + parameter
     return None
 
 
@@ -127,7 +126,7 @@ def _foveal_shape(key: str, value: Tensor) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _join_projections(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_projections(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined = dict(state_dict)
     for key in state_dict:
         if match := re.fullmatch(r"((?:.*\.)?)(q|kv)\.(weight|bias)", key):

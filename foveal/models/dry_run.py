@@ -4,25 +4,36 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def output_shape(module: nn.Module, shape: tuple[int, ...], device: Any = None, dtype: Any = None) -> tuple[int, ...]:
     """The shape of ``module(x)`` for x of a shape. The module itself is neither run nor changed.
 
-    A module that cannot be followed without real data is trusted to keep its input's shape.
-    """
-    from torch._subclasses import fake_tensor
+    A module that looks at the values of its input is run on zeros, in a copy.
 
-    mode = fake_tensor.FakeTensorMode()
-    with fake_tensor.FakeCopyMode(mode):
-        fake = copy.deepcopy(module).eval()
-    with mode, torch.no_grad():
+    Raises:
+        ValueError: where the module fails on such an input.
+        TypeError: where it returns no tensor.
+    """
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+    mode = FakeTensorMode()
+    try:
+        with FakeCopyMode(mode):
+            fake = copy.deepcopy(module)
+        with mode:
+            out = _run(fake, torch.empty(shape, device=device, dtype=dtype))
+    except Exception:
         try:
-            return tuple(fake(torch.empty(shape, device=device, dtype=dtype)).shape)
-        except (
-            fake_tensor.DataDependentOutputException,
-            fake_tensor.DynamicOutputShapeException,
-            fake_tensor.UnsupportedOperatorException,
-        ):
-            return shape
+            out = _run(copy.deepcopy(module), torch.zeros(shape, device=device, dtype=dtype))
+        except Exception as error:
+            raise ValueError(f"fails on an input of shape {shape}: {type(error).__name__}: {error}") from error
+    if not isinstance(out, Tensor):
+        raise TypeError(f"must return a tensor, got {type(out).__name__}")
+    return tuple(out.shape)
+
+
+@torch.no_grad()
+def _run(module: nn.Module, x: Tensor) -> Any:
+    return module.eval()(x)

@@ -14,8 +14,9 @@ def located(where: str) -> Iterator[None]:
     """Say in which slot of the spec an error arose, like "stage 2, block 5, mixer: ..."."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{where}: {error}") from error
+    except (ValueError, TypeError, AssertionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{where}: {error}") from error
 
 
 def call(factory: Callable[..., nn.Module], *args: Any, offered: Mapping[str, Any], where: str) -> nn.Module:
@@ -24,8 +25,8 @@ def call(factory: Callable[..., nn.Module], *args: Any, offered: Mapping[str, An
     Arguments fixed by a ``partial`` stay as they are. A module that took no device or dtype is moved there.
     """
     with located(where):
-        if not callable(factory):
-            raise TypeError(f"expected a callable that returns a module, got {factory!r}")
+        if not callable(factory) or isinstance(factory, nn.Module):
+            raise TypeError(f"expected a factory, a callable that returns a module, got {factory!r}")
         taken = _named(factory)
         module = factory(*args, **{name: value for name, value in offered.items() if name in taken})
         if not isinstance(module, nn.Module):

@@ -10,6 +10,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from foveal.blocks import OverlapPatchEmbed
+from foveal.blocks.checks import check_probability
 from foveal.models.dry_run import output_shape
 from foveal.models.factory import call, located
 
@@ -107,12 +108,17 @@ def build_stage(
         mixers = _one_a_block("mixer", spec.mixer, spec.depth)
         mlps = _one_a_block("mlp", spec.mlp, spec.depth)
         rates = drop_path if spec.drop_path is None else _one_a_block("drop_path", spec.drop_path, spec.depth)
+        for rate in rates:
+            check_probability("drop_path", rate)
     dd = {name: offered[name] for name in ("device", "dtype")}
     norm = partial(call, spec.norm_layer or norm_layer, spec.dim, offered=dd, where=f"stage {index}, norm_layer")
 
     def scale(dim: int) -> nn.Module:
         return nn.Identity() if spec.layer_scale is None else LayerScale(dim, init_values=spec.layer_scale, **dd)
 
+    shape = 1, *grid, spec.dim
+    stage_norm = norm()
+    _check_keeps_shape(stage_norm, shape, dd, f"stage {index}, norm_layer")
     blocks = []
     checked: set[int] = set()
     for i in range(spec.depth):
@@ -122,10 +128,10 @@ def build_stage(
             part = call(factory, spec.dim, offered=offered, where=where)
             if id(factory) not in checked:
                 checked.add(id(factory))
-                _check_keeps_shape(part, (1, *grid, spec.dim), dd, where)
+                _check_keeps_shape(part, shape, dd, where)
             parts.append(part)
         blocks.append(Block(spec.dim, *parts, (norm(), norm()), scale, rates[i]))
-    return StageModule(downsample, blocks, norm())
+    return StageModule(downsample, blocks, stage_norm)
 
 
 def _check_keeps_shape(module: nn.Module, shape: tuple[int, ...], dd: dict[str, Any], where: str) -> None:
@@ -136,7 +142,7 @@ def _check_keeps_shape(module: nn.Module, shape: tuple[int, ...], dd: dict[str, 
 
 
 def _one_a_block(name: str, value: Any, depth: int) -> list[Any]:
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != depth:
             raise ValueError(f"{name} must be one for the stage or a list of depth = {depth}, got {len(value)} of them")
         return list(value)
