@@ -107,6 +107,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        refuse("--device", brief(error))
 
     images = find_images(args.images)
     model = load_model(args.model, args.checkpoint, args.random_weights).eval().to(args.device)

@@ -1,13 +1,14 @@
 """Train an image classifier: a small backbone declared here, or any model of timm's.
 
-    python examples/train.py                                # handwritten digits, two minutes on two cores
+    python examples/train.py                                # handwritten digits, about two minutes on two cores
     python examples/train.py --model convnext_atto          # a peer, on the same data
     python examples/train.py --model transnext_micro --data cifar100 PATH --epochs 100
     python examples/train.py --model transnext_tiny --data folder /data/imagenet --batch-size 256 --workers 12
     python examples/train.py --resume runs/digits           # go on after Ctrl-C
 
 The output folder gets model.safetensors, curve.png, receptive_field.png and checkpoint.pt. Every random choice follows
-from the seed and the position in the run, so a run that was stopped and resumed ends in the same weights.
+from the seed and the position in the run, so a run that was stopped and resumed ends in the same weights: to the bit on
+the CPU, on a GPU as far as its kernels repeat themselves.
 """
 
 import argparse
@@ -145,6 +146,24 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def no_sums() -> Tensor:
+    """What a running mean needs: the sums of losses, hits and images."""
+    return torch.zeros(3, dtype=torch.float64)
+
+
+def means(sums: Tensor) -> list[float]:
+    """Mean loss and accuracy."""
+    return (sums[:2] / sums[2]).tolist()
+
+
+def measure(model: nn.Module, loss_fn: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and its part of the sums."""
+    logits = model(images)
+    loss = loss_fn(logits, labels)
+    hits = (logits.argmax(dim=1) == labels).sum()
+    return loss, torch.tensor([loss.item() * len(labels), hits.item(), len(labels)], dtype=torch.float64)
+
+
 @dataclass
 class Run:
     """All that a run has reached: what a checkpoint holds."""
@@ -153,9 +172,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
-    totals: Tensor = field(
-        default_factory=lambda: torch.zeros(3, dtype=torch.float64)
-    )  # this epoch's sums so far, see `measure`
+    totals: Tensor = field(default_factory=no_sums)  # of this epoch so far
     history: list[dict[str, float]] = field(default_factory=list)  # one entry for each epoch
 
     def save(self, path: Path) -> None:
@@ -217,6 +234,8 @@ def train(run: Run, args: argparse.Namespace, train_set: Dataset, test_set: Data
                 random_seed(derived_seed(args.seed, "step", run.step))
                 scheduler.step_update(run.step)
                 loss, sums = measure(run.model, loss_fn, images.to(args.device), labels.to(args.device))
+                if not loss.isfinite():
+                    sys.exit(f"train.py: the loss is {loss.item()} at step {run.step}; a smaller --lr may help")
                 run.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -227,7 +246,7 @@ def train(run: Run, args: argparse.Namespace, train_set: Dataset, test_set: Data
                 bar.set_postfix(epoch=epoch + 1, loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
                 bar.update(len(images))
 
-            tested = torch.zeros(3, dtype=torch.float64)
+            tested = no_sums()
             run.model.eval()
             with torch.inference_mode():
                 for images, labels in load(test_set):
@@ -241,29 +260,18 @@ def train(run: Run, args: argparse.Namespace, train_set: Dataset, test_set: Data
             run.history.append(
                 {"loss": loss, "accuracy": accuracy, "test_loss": test_loss, "test_accuracy": test_accuracy}
             )
-            run.totals = torch.zeros(3, dtype=torch.float64)
+            run.totals = no_sums()
             run.save(args.output / "checkpoint.pt")
 
 
-def measure(model: nn.Module, loss_fn: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and the sums that a running mean needs: of losses, hits and images."""
-    logits = model(images)
-    loss = loss_fn(logits, labels)
-    hits = (logits.argmax(dim=1) == labels).sum()
-    return loss, torch.tensor([loss.item() * len(labels), hits.item(), len(labels)], dtype=torch.float64)
-
-
-def means(sums: Tensor) -> list[float]:
-    return (sums[:2] / sums[2]).tolist()
-
-
-def draw_curve(history: list[dict[str, float]], path: Path) -> None:
+def draw_curve(history: list[dict[str, float]], smoothing: float, path: Path) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     epochs = range(1, len(history) + 1)
-    for panel, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    titles = {"loss": f"loss (labels smoothed by {smoothing})", "accuracy": "accuracy"}
+    for panel, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         panel.plot(epochs, [entry[name] for entry in history], ".-", label="training images, augmented")
         panel.plot(epochs, [entry[f"test_{name}"] for entry in history], ".-", label="held-out images")
-        panel.set(xlabel="epoch", ylabel=name, xlim=(0, len(history) + 1))
+        panel.set(xlabel="epoch", ylabel=title, xlim=(0, len(history) + 1))
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(f"Held-out accuracy after the last epoch: {history[-1]['test_accuracy']:.2%}")
@@ -273,7 +281,7 @@ def draw_curve(history: list[dict[str, float]], path: Path) -> None:
 def write_results(run: Run, args: argparse.Namespace, test_set: Dataset) -> None:
     """Weights, curve and the receptive fields of up to four stages, averaged over 64 held-out images."""
     save_model(run.model, str(args.output / "model.safetensors"))
-    draw_curve(run.history, args.output / "curve.png")
+    draw_curve(run.history, args.label_smoothing, args.output / "curve.png")
     spread = Subset(test_set, range(0, len(test_set), max(1, len(test_set) // 64)))
     batches = [images.to(args.device) for images, _ in islice(DataLoader(spread, batch_size=8), 8)]
     count = len(run.model.feature_info)
@@ -337,6 +345,10 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     source, *path = args.data
     if source not in SOURCES or len(path) != (source != "digits"):
         refuse("--data", f"expected digits, cifar100 PATH or folder PATH, got {' '.join(args.data)}")
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        refuse("--device", str(error).partition("\n")[0])
     args.img_size = args.img_size or (224 if source == "folder" else 32)
     args.workers = (0 if source == "digits" else 4) if args.workers is None else args.workers
     if not args.resume:

@@ -170,6 +170,7 @@ def test_random_weights_say_so(photos, capsys):
         (["{photos}", "--checkpoint", "{photos}/notes.txt"], "notes.txt holds no weights"),
         (["{photos}", "--checkpoint", "a", "--random-weights"], "argument --random-weights: not allowed with"),
         (["{photos}", "--batch-size", "0"], "argument --batch-size: must be at least 1"),
+        (["{photos}", "--device", "abacus"], "argument --device: "),
     ],
 )
 def test_errors_name_the_argument(args, message, photos, capsys, monkeypatch):

@@ -167,6 +167,8 @@ def test_resume_refuses_other_settings(args, message, finished, train, capsys):
         (["--epochs", "0"], "argument --epochs: must be at least 1"),
         (["--batch-size", "9999"], "argument --batch-size: must be at most the number of training images, 1437"),
         (["--output", "{finished}"], "argument --output: {finished} holds a run already"),
+        (["--device", "cuda:99"], "argument --device: "),
+        (["--device", "abacus"], "argument --device: "),
     ],
 )
 def test_errors_name_the_argument(args, message, finished, train, capsys, tmp_path, monkeypatch):
