@@ -1,6 +1,7 @@
 """Checks that blocks make at their door."""
 
 from collections.abc import Sequence
+from typing import overload
 
 from torch import Tensor
 
@@ -32,6 +33,10 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
+@overload
+def to_grid(name: str, grid: None) -> None: ...
+@overload
+def to_grid(name: str, grid: int | Sequence[int]) -> Grid: ...
 def to_grid(name: str, grid: int | Sequence[int] | None) -> Grid | None:
     """A grid (rows, columns); an integer means a square one."""
     if grid is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import (
@@ -86,7 +86,8 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.feature_info: list[dict[str, Any]] = []
-        drop_path = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
+        depths = [stage.depth for stage in stages]
+        drop_path = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, depths, stagewise=True))
         pretrain_size, img_size = to_grid("pretrain_size", pretrain_size), to_grid("img_size", img_size)
         grid = img_size or pretrain_size or (224, 224)
         width, reduction = in_chans, 1
@@ -188,6 +189,7 @@ class Backbone(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Declare the image size that interpolated position biases are made for. Others follow each input anyway."""
         size = to_grid("img_size", img_size)
+        module: Any
         for stage, info in zip(self.stages, self.feature_info, strict=False):
             for module in stage.modules():
                 if getattr(module, "bias_resampling", None) == "interpolate":
@@ -196,6 +198,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -205,8 +208,7 @@ class Backbone(nn.Module):
         return {
             f"{prefix}.{name}"
             for prefix, module in self.stages.named_modules(prefix="stages")
-            if hasattr(module, "no_weight_decay")
-            for name in module.no_weight_decay()
+            for name in getattr(module, "no_weight_decay", set)()
         }
 
     @torch.jit.ignore
@@ -221,6 +223,7 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Draw all weights again, children before the modules that hold them (as after ``to_empty``)."""
+        module: Any
         if needs_reset:
             for module in reversed(list(self.modules())):
                 if module is not self and hasattr(module, "reset_parameters"):

@@ -95,7 +95,7 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file as load_safetensors
 
         return load_safetensors(path)
-    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
+    return dict(_unwrapped(torch.load(path, map_location="cpu", weights_only=True)))
 
 
 def _unwrapped(state_dict: Mapping) -> Mapping[str, Tensor]:

@@ -31,8 +31,8 @@ def call(factory: Callable[..., nn.Module], *args: Any, offered: Mapping[str, An
         module = factory(*args, **{name: value for name, value in offered.items() if name in taken})
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected {factory!r} to return a torch.nn.Module, got {type(module).__name__}")
-    moved = {name: offered.get(name) for name in ("device", "dtype") if name not in taken}
-    return module.to(**moved) if any(value is not None for value in moved.values()) else module
+    device, dtype = (None if name in taken else offered.get(name) for name in ("device", "dtype"))
+    return module if device is None and dtype is None else module.to(device=device, dtype=dtype)
 
 
 def _named(factory: Callable) -> set[str]:

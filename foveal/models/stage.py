@@ -130,7 +130,8 @@ def build_stage(
                 checked.add(id(factory))
                 _check_keeps_shape(part, shape, dd, where)
             parts.append(part)
-        blocks.append(Block(spec.dim, *parts, (norm(), norm()), scale, rates[i]))
+        mixer, mlp = parts
+        blocks.append(Block(spec.dim, mixer, mlp, (norm(), norm()), scale, rates[i]))
     return StageModule(downsample, blocks, stage_norm)
 
 

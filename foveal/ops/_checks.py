@@ -38,7 +38,12 @@ def check_window_size(window_size: int) -> None:
 
 
 def check_grid(name: str, grid: Sequence[int]) -> None:
-    if len(grid) != 2 or not all(isinstance(side, (int, torch.SymInt)) for side in grid) or min(grid) < 1:
+    if (
+        not isinstance(grid, Sequence)
+        or len(grid) != 2
+        or not all(isinstance(side, (int, torch.SymInt)) for side in grid)
+        or min(grid) < 1
+    ):
         raise ValueError(f"{name} must be two positive integers (rows, columns), got {grid!r}")
 
 

@@ -213,6 +213,7 @@ WRONG = [
             ("pool_ratio", 0),
             ("pool_ratio", 2.0),
             ("pool_grid", (7,)),
+            ("pool_grid", 7.0),
             ("pool_grid", (0, 7)),
             ("pool_grid", (7.0, 7)),
             ("pretrain_grid", (3, -1)),
