@@ -27,7 +27,8 @@ FLAGS = (
     "-std=c++20 -O3 -g0 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fno-semantic-interposition"
     " -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000"
 )
-# Kernels (*_kernel.cpp) are compiled once for each of these; the widest that the CPU has is chosen at run time.
+# What kernels (*_kernel.cpp) may be compiled for. A library built where it runs holds the widest that the CPU has; one
+# built into a wheel holds all, and chooses at run time.
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": "",
@@ -111,13 +112,26 @@ def _writable(directory: Path) -> bool:
         return False
 
 
+def instruction_set() -> str:
+    """The widest instruction set that this CPU has, at most the one that ``FOVEAL_CPU_ISA`` names."""
+    known = list(INSTRUCTION_SETS.get(platform.machine(), {"baseline": ""}))
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = next((line.split() for line in cpuinfo.splitlines() if line.startswith("flags")), [])
+    needed = {"avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    had = [name for name in known if needed.get(name, set()) <= set(flags)]
+    limit = os.environ.get("FOVEAL_CPU_ISA")
+    return had[min(len(had) - 1, known.index(limit))] if limit in known else had[-1]
+
+
 def library_name(device: str) -> str:
     return f"foveal_{device}-{source_hash()}.so"
 
 
 def build_directory(tools: Toolchain, cache: Path | None = None) -> Path:
     """Where what this compiler builds with these flags for this kind of machine belongs in the cache."""
-    return (cache or cache_directory()) / _hash("\n".join((*tools, FLAGS, platform.machine(), TORCH_TARGET)))
+    return (cache or cache_directory()) / _hash(
+        "\n".join((*tools, FLAGS, platform.machine(), instruction_set(), TORCH_TARGET))
+    )
 
 
 def find(device: str) -> Path | None:
@@ -154,7 +168,7 @@ def build(device: str, tools: Toolchain, *, retry: bool = False) -> Path:
             raise BuildError(f"an earlier build failed ({record}); `python -m foveal build` tries again")
         print(f"foveal: building the {device} kernels, once, into {directory}", file=sys.stderr, flush=True)
         try:
-            os.replace(compile_library(directory / "objects", tools), library)
+            os.replace(compile_library(directory / "objects", tools, only=instruction_set()), library)
         except BuildError as error:
             record.write_text(f"{error}\n{error.details}")
             raise
@@ -184,13 +198,16 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
         yield
 
 
-def compile_library(objects: Path, tools: Toolchain) -> Path:
-    """Compile with ninja what is not yet compiled in the directory ``objects``; returns the finished library in it."""
+def compile_library(objects: Path, tools: Toolchain, *, only: str | None = None) -> Path:
+    """Compile with ninja what is not yet compiled in the directory ``objects``; returns the finished library in it.
+
+    Kernels are compiled for the instruction set ``only``, else for all of them.
+    """
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise BuildError("PyTorch's headers were not found")
     objects.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text(_ninja_file(tools, Path(torch.origin).parent))
+    (objects / "build.ninja").write_text(_ninja_file(tools, Path(torch.origin).parent, only))
     command = [tools.ninja, "-C", str(objects)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
@@ -204,16 +221,18 @@ def compile_library(objects: Path, tools: Toolchain) -> Path:
     return objects / "library.so"
 
 
-def _ninja_file(tools: Toolchain, torch: Path) -> str:
+def _ninja_file(tools: Toolchain, torch: Path, only: str | None) -> str:
+    sets = {name: flags for name, flags in INSTRUCTION_SETS[platform.machine()].items() if only in (None, name)}
+    define = f"-DFOVEAL_ONLY={only}" if only else ""
     lines = [
-        f"compile = {tools.compiler} {FLAGS} -isystem {torch}/include {tools.flags}",
+        f"compile = {tools.compiler} {FLAGS} {define} -isystem {torch}/include {tools.flags}",
         "rule compile\n  command = $compile $extra -c $in -o $out",
         f"rule link\n  command = {tools.compiler} -shared {tools.flags} $in -L{torch}/lib -ltorch_cpu -o $out",
     ]
     objects = []
     for source in sorted(SOURCES.glob("*.cpp")):
         kernel = source.stem.endswith("_kernel")
-        for name, flags in INSTRUCTION_SETS[platform.machine()].items() if kernel else [("", "")]:
+        for name, flags in sets.items() if kernel else [("", "")]:
             # Named by contents: an object that exists is never stale, whatever its age.
             objects.append(f"{source.stem}{name and '.'}{name}-{_hash(*_with_headers(source))}.o")
             extra = f"{flags} -DFOVEAL_ISA={name}" if kernel else ""

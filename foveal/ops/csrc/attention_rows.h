@@ -198,7 +198,6 @@ void with_dim(int64_t d, const F& f) {
   if constexpr (sizeof(A) == sizeof(float)) {
     if (d == 24) return f(Dim<24>());
     if (d == 32) return f(Dim<32>());
-    if (d == 64) return f(Dim<64>());
   }
   f(Dim<0>());
 }

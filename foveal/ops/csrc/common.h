@@ -51,7 +51,7 @@ inline __attribute__((always_inline)) void with_type(Dtype dtype, F&& function) 
   }
 }
 
-// The widest of the compiled instruction sets that this CPU has, at most the one that FOVEAL_CPU_ISA names.
+// The compiled instruction set, or of several the widest that this CPU has, at most the one that FOVEAL_CPU_ISA names.
 enum class InstructionSet { baseline, avx2, avx512 };
 InstructionSet instruction_set();
 
@@ -61,8 +61,14 @@ int64_t thread_count();
 
 }  // namespace foveal
 
-// Declares `foveal::name(args)`, which calls the kernel compiled for this CPU.
-#if defined(__x86_64__)
+// Declares `foveal::name(args)`, which calls the kernel compiled for this CPU: the only one there is, or the widest.
+#if defined(FOVEAL_ONLY)
+#define FOVEAL_KERNEL(name, Args)                                               \
+  namespace foveal {                                                            \
+  namespace FOVEAL_ONLY { void name(const Args&); }                             \
+  static inline void name(const Args& args) { return FOVEAL_ONLY::name(args); } \
+  }
+#elif defined(__x86_64__)
 #define FOVEAL_KERNEL(name, Args)                                  \
   namespace foveal {                                               \
   namespace baseline { void name(const Args&); }                   \

@@ -7,6 +7,9 @@
 namespace foveal {
 
 InstructionSet instruction_set() {
+#if defined(FOVEAL_ONLY)
+  return InstructionSet::FOVEAL_ONLY;
+#else
   static const InstructionSet chosen = [] {
 #if defined(__x86_64__)
     const char* limit = getenv("FOVEAL_CPU_ISA");
@@ -22,6 +25,7 @@ InstructionSet instruction_set() {
     return InstructionSet::baseline;
   }();
   return chosen;
+#endif
 }
 
 void run_parallel(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
