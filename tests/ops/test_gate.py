@@ -10,7 +10,8 @@ from foveal.ops import reference
 from tests.ops.helpers import assert_as_accurate, needs_compiler, poisoned_memory, results
 
 ACTS = tuple(reference.ACTIVATIONS)
-# B, H, W, C, k: maps smaller than the window, one row or column, channels short of a vector and past it, no image
+# B, H, W, C, k: maps smaller than the window, one row or column, channels short of a vector and past it, no image, two
+# blocks of channels
 SHAPES = [(2, 5, 3, 7, 3), (1, 1, 1, 1, 3), (2, 9, 1, 24, 3), (1, 1, 13, 40, 5), (3, 2, 2, 17, 7), (2, 8, 6, 72, 3)]
 SHAPES += [
     (1, 14, 11, 33, 5),
@@ -19,6 +20,8 @@ SHAPES += [
     (1, 60, 34, 9, 3),
     (1, 7, 9, 700, 3),
     (1, 6, 70, 130, 7),
+    (1, 4, 300, 130, 3),
+    (1, 3, 2, 5, 65),
 ]
 
 

@@ -42,8 +42,7 @@ FOVEAL_INLINE Vector<float> exponential(Vector<float> x) {
 // 3e-8) up to |x| = 5.65, where float32 rounds the function to 0 or 1.
 FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) {
   const float end = 5.65f;
-  const Vector<float> z = x < -end ? broadcast(-end) : x > end ? broadcast(end) : x;
-  const Vector<float> s = z * z;
+  const Vector<float> s = x * x;
   Vector<float> p = 2.199233506416931e-08f * s + 6.288102667895146e-06f;
   p = p * s + 0.00017128851322922856f;
   p = p * s + 0.004691561684012413f;
@@ -54,7 +53,7 @@ FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) {
   q = q * s + 0.028817784041166306f;
   q = q * s + 0.25234079360961914f;
   q = q * s + 1.0f;
-  return x < -end ? broadcast(0.0f) : 0.5f + divide(z * p, q);
+  return x < -end ? broadcast(0.0f) : x > end ? broadcast(1.0f) : 0.5f + divide(x * p, q);
 }
 
 FOVEAL_INLINE Vector<double> exponential(Vector<double> x) {

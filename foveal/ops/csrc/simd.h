@@ -56,7 +56,11 @@ template <class S>
 FOVEAL_INLINE Vector<S> load(const bfloat16* from) {
   HalfBits half;
   __builtin_memcpy(&half, from, sizeof half);
+#if defined(__AVX512F__)
+  return (Vector<S>)((Bits32)_mm512_cvtepu16_epi32((__m256i)half) << 16);  // GCC 12 converts in four instructions
+#else
   return (Vector<S>)(__builtin_convertvector(half, Bits32) << 16);
+#endif
 }
 
 template <class S>
