@@ -155,11 +155,12 @@ def test_eval_makes_the_bias_once_per_size(calls):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("mode", ["train", "grad"])
-def test_training_makes_the_bias_every_time(calls, mode):
-    block = AggregatedAttention(8, 2).train(mode == "train")
-    for _ in range(3):
-        block(torch.randn(1, 4, 4, 8)).sum().backward()
+@pytest.mark.parametrize(("training", "grad"), [(True, True), (True, False), (False, True)])
+def test_training_makes_the_bias_every_time(calls, training, grad):
+    block = AggregatedAttention(8, 2).train(training)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            block(torch.randn(1, 4, 4, 8))
     assert len(calls) == 3
 
 
@@ -279,6 +280,17 @@ def test_training_after_inference_mode(build):
     block.train()(x).sum().backward()
     assert_near(first, second.detach())
     assert all(p.grad is not None for p in block.parameters())
+
+
+def test_what_inference_mode_leaves_behind_can_be_trained_on(build):
+    block = randomised(build()).eval().requires_grad_(False)
+    x = torch.randn(1, 5, 6, 8, requires_grad=True)
+    with torch.inference_mode():
+        block(x)
+        offsets = relative_offsets(103, 7, CPU)
+    block(x).sum().backward()
+    assert x.grad is not None
+    assert not any(tensor.is_inference() for tensor in offsets)
 
 
 def test_a_block_made_in_inference_mode(build):

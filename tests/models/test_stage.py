@@ -179,6 +179,11 @@ def test_the_check_at_construction_leaves_no_trace(mixer):
     assert type(net.stages[0].blocks[0].mixer.first) is torch.Tensor
 
 
+def test_the_check_at_construction_runs_in_eval_mode():
+    """Batch normalisation refuses to train on a single cell."""
+    assert build({"mixer": Cautious}, img_size=4)
+
+
 class Traced(nn.Module):
     def __init__(self, inner, in_chans, dim):
         super().__init__()
