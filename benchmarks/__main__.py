@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("--variant", default="transnext_tiny", help="the variant at model level (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds of each table (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="at model level, the tables whose title has this text"
+    )
     parser.add_argument("--no-peers", action="store_true", help="foveal and the floor only")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the command out")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark.json"), help="JSON (default: %(default)s)")
@@ -57,6 +60,8 @@ def _op_level(given: argparse.Namespace) -> list[dict]:
 def _model_level(given: argparse.Namespace) -> list[dict]:
     rows = []
     for case in models.cpu_cases(given.variant, given.quick):
+        if given.only not in case.title:
+            continue
         print(f"\n{case.title}")
         print(f"{'':<36}{'images/s':>10}{'ms':>10}{'of floor':>10}{'foveal is':>11}{'peak MB':>10}")
         for row in models.run(case, rounds=given.rounds, peers=not given.no_peers):
