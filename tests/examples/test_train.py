@@ -4,6 +4,7 @@ import pickle
 import re
 import signal
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import foveal
 from tests.examples.running import colourful, load, run, start
 
 SMALL = ("--img-size", "16", "--epochs", "2", "--batch-size", "128")
@@ -96,12 +98,22 @@ def stop_at(train, monkeypatch, check: int):
     monkeypatch.setattr(train, "Interrupt", Countdown)
 
 
+@contextmanager
+def as_finished_ran():
+    """One thread and the reference ops, as in the process of `finished`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with foveal.ops.backend("reference"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("check", [0, 11], ids=["before the first step", "while testing"])
 def test_resumes_from_anywhere(check, finished, train, tmp_path, monkeypatch):
-    torch.set_num_threads(1)  # as `finished` ran
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setenv("FOVEAL_BACKEND", "reference")
+    with monkeypatch.context() as patch, as_finished_ran():
         stop_at(train, patch, check)
         assert train.main([*SMALL, "--output", str(folder)]) == 130
         assert checkpoint(folder)["step"] == min(check, 11)

@@ -41,7 +41,7 @@ CASES = [
     Case((11, 20), (5, 6), heads=5, dim=64, batch=1, window=5),
     Case((4, 6), (3, 4), dim=128, batch=1),
     Case((20, 18), (13, 11), heads=1),
-    Case((3, 130), (1, 1), heads=1, dim=1, batch=1),
+    Case((3, 130), (1, 1), heads=1, dim=4, batch=1),
     Case((4, 4), (2, 2), batch=0),
 ]
 
@@ -388,6 +388,7 @@ def test_working_memory_is_written_before_it_is_read_with_any_instructions(instr
     """The C library fills what it hands out with garbage: the kernels' own scratch, not only tensors."""
     code = (
         "from tests.ops.test_attention import *\n"
+        "torch.manual_seed(0)\n"
         "for case in CASES:\n"
         "    assert_as_accurate(*make(case, torch.float64))\n"
         "    function, tensors = make(case)\n"

@@ -137,6 +137,7 @@ def test_flops_are_those_of_the_reference():
 def test_working_memory_is_written_before_it_is_read_with_any_instructions(instructions):
     code = (
         "from tests.ops.test_window import *\n"
+        "torch.manual_seed(0)\n"
         "for shape in SHAPES:\n"
         "    q, k, weights, v = operands(shape)\n"
         "    assert_as_accurate(finite_scores(shape[-1]), [q, k])\n"
