@@ -53,3 +53,7 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
         return self.drop(self.fc2(self.drop(self.act(self.dwconv(self.fc1(x))))))
+
+    def pointwise(self, x: Tensor) -> Tensor:
+        """The same without the convolution, for tokens ``(..., C)`` that have no place in a map."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

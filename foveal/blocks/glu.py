@@ -52,6 +52,10 @@ class GLU(nn.Module):
         check_map(x, self.dim)
         return self.drop(self.fc2(self.drop(self.mix(self.fc1(x)))))
 
+    def pointwise(self, x: Tensor) -> Tensor:
+        """The same without a convolution, for tokens ``(..., C)`` that have no place in a map."""
+        return self.drop(self.fc2(self.drop(GLU.mix(self, self.fc1(x)))))
+
     def mix(self, x: Tensor) -> Tensor:
         """Join ``x = [gate | value]``, ``(B, H, W, 2 hidden)``, into ``(B, H, W, hidden)``."""
         gate, value = x.chunk(2, dim=-1)

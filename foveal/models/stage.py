@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from foveal.blocks import OverlapPatchEmbed
 from foveal.blocks.checks import check_probability
+from foveal.blocks.factory import call, located
 from foveal.models.dry_run import output_shape
-from foveal.models.factory import call, located
 
 Factory = Callable[..., nn.Module]
 
