@@ -1,10 +1,13 @@
-"""A pure Python wheel; with FOVEAL_BUILD=1, which needs torch and ninja, one with the compiled library inside."""
+"""A pure Python wheel; with FOVEAL_BUILD=1, which needs torch and ninja, one with the compiled library inside.
 
-import importlib.util
+With TORCH_CUDA_ARCH_LIST besides, which needs nvcc and no GPU, the library of those GPUs is inside too.
+"""
+
 import os
 import platform
 import shutil
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -12,22 +15,28 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 
-def _builder():
-    """foveal/ops/build.py, without importing the package."""
-    spec = importlib.util.spec_from_file_location("foveal_build", Path(__file__).parent / "foveal/ops/build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def _builders():
+    """foveal.ops.build and its like, without importing the package and what it needs."""
+    for name in ("foveal", "foveal.ops"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(__file__).parent / name.replace(".", "/"))]
+        sys.modules[name] = package
+    from foveal.ops import build, recipes, toolchain
+
+    return build, recipes, toolchain
 
 
 class BuildWithLibrary(build_py):
     def run(self):
         super().run()
-        builder = _builder()
+        build, recipes, toolchain = _builders()
+        targets = [recipes.cpu_target(None)]
+        if "TORCH_CUDA_ARCH_LIST" in os.environ:
+            targets.append(recipes.cuda_target(toolchain.architectures([])))
         objects = Path(self.get_finalized_command("build").build_temp).resolve()
-        library = builder.compile_library(objects, builder.toolchain())
-        shutil.copy(library, Path(self.build_lib) / "foveal" / "ops" / builder.library_name("cpu"))
+        for target in targets:
+            library = build.compile_library(objects / target.device, target)
+            shutil.copy(library, Path(self.build_lib) / "foveal" / "ops" / target.name)
 
 
 class PlatformWheel(bdist_wheel):

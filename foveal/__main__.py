@@ -1,6 +1,7 @@
 """``python -m foveal`` reports what is installed and what would run; ``python -m foveal build`` builds the kernels."""
 
 import argparse
+import os
 import platform
 import sys
 
@@ -8,7 +9,7 @@ import timm
 import torch
 
 import foveal
-from foveal.ops import build, current_backend, library
+from foveal.ops import build, current_backend, library, toolchain
 
 
 def report() -> None:
@@ -21,30 +22,40 @@ def report() -> None:
         "backend": current_backend(),
     }
     for index in range(torch.cuda.device_count()):
-        rows[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        rows[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
     try:
         rows["cache"] = str(build.cache_directory())
-        tools = build.toolchain()
+        tools = toolchain.toolchain()
         rows["compiler"] = f"{tools.compiler} ({tools.version}) {tools.flags}".rstrip()
         rows["ninja"] = tools.ninja
     except build.BuildError as error:
         rows["toolchain"] = str(error)
-    for device in ("cpu", "cuda"):
+    try:
+        cuda = toolchain.cuda_toolchain()
+        rows["nvcc"] = f"{cuda.nvcc} (CUDA {cuda.version}) {cuda.flags}".rstrip()
+    except build.BuildError as error:
+        rows["nvcc"] = f"none: {error}"
+    for device in library.DEVICE_TYPES:
         rows[f"{device} kernels"] = library.describe(device)
     for name, value in rows.items():
         print(f"{name:14}{value}")
 
 
 def build_now() -> int:
-    """Build the kernels, also where an earlier build failed; returns the exit status."""
-    try:
-        tools = build.toolchain()
-        for device in library.DEVICES:
-            print(build.build(device, tools, retry=True))
-    except build.BuildError as error:
-        print(f"foveal: {error}\n{error.details}", file=sys.stderr)
-        return 1
-    return 0
+    """Build the kernels, also where an earlier build failed; returns the exit status.
+
+    Those of the GPU are built where there is one, or for the architectures in TORCH_CUDA_ARCH_LIST.
+    """
+    gpus_wanted = torch.cuda.is_available() or "TORCH_CUDA_ARCH_LIST" in os.environ
+    status = 0
+    for device in ("cpu", "cuda") if gpus_wanted else ("cpu",):
+        try:
+            print(build.build(library.target(device), retry=True))
+        except build.BuildError as error:
+            print(f"foveal: {error}\n{error.details}", file=sys.stderr)
+            status = 1
+    return status
 
 
 def main() -> int:

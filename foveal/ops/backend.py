@@ -12,7 +12,10 @@ from foveal.ops import library
 from foveal.ops._checks import check_choice
 
 BACKENDS = ("auto", "compiled", "reference")
-COMPILED_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64)}
+COMPILED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
 
 _chosen: ContextVar[str | None] = ContextVar("foveal_backend", default=None)
 
@@ -67,8 +70,9 @@ def runs_compiled(op: str, x: Tensor, unsupported: Sequence[str] = ()) -> bool:
         return False
     reasons = [*unsupported, *circumstances(x)]
     if not reasons or choice == "compiled":
+        device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
         tracing = torch.compiler.is_compiling()
-        why = library.why_not_while_tracing(x.device.type) if tracing else library.why_not(x.device.type)
+        why = library.why_not_while_tracing(device) if tracing else library.why_not(device)
         if why is not None:
             reasons.append(why)
     if reasons and choice == "compiled":

@@ -1,7 +1,8 @@
 """What the tests of compiled ops share: running an op by both backends, error bounds, poisoned memory."""
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from foveal.ops import backend, library
 
 # Added to the bound on an error, relative to the largest magnitude or 1: a few roundings of the coarser of the result's
 # type and the type it is computed in.
-SLACK = {torch.float64: 2**-46, torch.float32: 2**-21, torch.bfloat16: 2**-9}
+SLACK = {torch.float64: 2**-46, torch.float32: 2**-21, torch.float16: 2**-12, torch.bfloat16: 2**-9}
 # No error may exceed this, whatever plain PyTorch makes of it.
-CAP = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+CAP = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 needs_compiler = pytest.mark.skipif(library.why_not("cpu") is not None, reason=str(library.why_not("cpu")))
 
@@ -39,9 +40,16 @@ def as_float64(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().double().requires_grad_(x.requires_grad)
 
 
-def assert_as_accurate(function: Callable, inputs: Sequence[Tensor | None]) -> None:
-    """Compiled output and gradients err by at most twice what the reference errs, both against float64."""
-    compiled, plain = (results(function, inputs, name) for name in ("compiled", "reference"))
+def assert_as_accurate(
+    function: Callable, inputs: Sequence[Tensor | None], running: Callable[[], AbstractContextManager] = nullcontext
+) -> Any:
+    """Compiled output and gradients err by at most twice what the reference errs, both against float64.
+
+    The compiled op runs within ``running()``, whose value is returned.
+    """
+    with running() as context:
+        compiled = results(function, inputs, "compiled")
+    plain = results(function, inputs, "reference")
     dtype = compiled[0].dtype
     exact = results(function, [as_float64(x) for x in inputs], "reference", dtype)
     for index, (ours, theirs, truth) in enumerate(zip(compiled, plain, exact, strict=True)):
@@ -54,6 +62,7 @@ def assert_as_accurate(function: Callable, inputs: Sequence[Tensor | None]) -> N
         error, bound = ((x.double() - truth).abs().max() for x in (ours, theirs))
         assert error <= 2 * bound + SLACK[coarser] * scale, f"result {index}: {error:.2e}, reference {bound:.2e}"
         assert error <= CAP[coarser] * scale, f"result {index}: {error:.2e} of {scale:.2e}"
+    return context
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from foveal import ops
-from foveal.ops import build, library
+from foveal.ops import build, library, recipes, toolchain
 from tests.ops.helpers import needs_compiler
 
-pytestmark = pytest.mark.skipif(not build.SUPPORTED, reason="no compiled library on this platform")
+pytestmark = pytest.mark.skipif(not toolchain.SUPPORTED, reason="no compiled library on this platform")
 
 COMPILER = """#!/bin/sh
 case "$*" in
@@ -61,7 +61,7 @@ def test_first_use_builds_and_the_cache_serves_the_second(compiler, loaded, capf
     assert library.why_not("cpu") is None
     assert "foveal: building the cpu kernels" in capfd.readouterr().err
     count = len(calls())
-    assert count > len(list(build.SOURCES.glob("*.cpp")))  # kernels once per instruction set, and a link
+    assert count > len(list(recipes.SOURCES.glob("*.cpp")))  # kernels once per instruction set, and a link
     library._reasons.clear()
     assert library.why_not("cpu") is None
     assert capfd.readouterr().err == ""
@@ -77,7 +77,7 @@ def test_an_import_builds_nothing(compiler):
 
 
 def _build(_):
-    return str(build.build("cpu", build.toolchain()))
+    return str(build.build(library.target("cpu")))
 
 
 def test_processes_at_once_build_once(compiler):
@@ -90,7 +90,7 @@ def test_processes_at_once_build_once(compiler):
 
 def test_lock_file_left_behind_does_no_harm_and_a_held_one_ends_in_time(compiler, loaded, monkeypatch):
     compiler()
-    lock = build.build_directory(build.toolchain()) / "lock"
+    lock = build.cache_directory() / library.target("cpu").key / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     monkeypatch.setenv("FOVEAL_BUILD_TIMEOUT", "0.2")
@@ -105,7 +105,7 @@ def test_lock_file_left_behind_does_no_harm_and_a_held_one_ends_in_time(compiler
 
 def test_failure_is_explained_once_remembered_and_tried_again_on_request(compiler, loaded, capfd):
     calls = compiler("echo no such thing >&2; exit 1")
-    with pytest.warns(UserWarning, match="could not build the kernels"):
+    with pytest.warns(UserWarning, match="the cpu kernels do not compile"):
         gate()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -117,7 +117,7 @@ def test_failure_is_explained_once_remembered_and_tried_again_on_request(compile
     assert len(calls()) == count
     assert "no such thing" in library.describe("cpu")
     compiler()
-    build.build("cpu", build.toolchain(), retry=True)
+    build.build(library.target("cpu"), retry=True)
     assert library.describe("cpu").startswith("built")
 
 
@@ -128,7 +128,10 @@ def test_failure_is_explained_once_remembered_and_tried_again_on_request(compile
 def test_missing_tools_leave_the_reference(compiler, monkeypatch, variable, value, reason):
     compiler()
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    find_spec = toolchain.importlib.util.find_spec
+    monkeypatch.setattr(
+        toolchain.importlib.util, "find_spec", lambda name: None if name == "ninja" else find_spec(name)
+    )
     with pytest.warns(UserWarning, match=reason):
         assert gate().shape == (1, 2, 2, 2)
     assert "none:" in library.describe("cpu")

@@ -4,7 +4,9 @@
 #include <math.h>
 
 #include "common.h"
-#if !defined(__CUDACC__)
+#if defined(FOVEAL_CUDA)
+#include "device.cuh"
+#else
 #include "simd.h"
 #endif
 
@@ -15,10 +17,29 @@ enum class Act { gelu, gelu_tanh, relu, silu, identity };
 
 namespace FOVEAL_ISA {
 
-#if defined(__CUDACC__)
+// The normal distribution's cumulative function, within 2e-7: 1/2 plus an odd rational minimax fit (relative error
+// 3e-8) up to |x| = 5.65, where float32 rounds the function to 0 or 1.
+template <class V>
+FOVEAL_HOST_DEVICE V fitted_normal_cdf(V x) {
+  const float end = 5.65f;
+  const V s = x * x;
+  V p = 2.199233506416931e-08f * s + 6.288102667895146e-06f;
+  p = p * s + 0.00017128851322922856f;
+  p = p * s + 0.004691561684012413f;
+  p = p * s + 0.03417918086051941f;
+  p = p * s + 0.3989422619342804f;
+  V q = 1.1705939186867909e-06f * s + 7.400415779557079e-05f;
+  q = q * s + 0.0018989990931004286f;
+  q = q * s + 0.028817784041166306f;
+  q = q * s + 0.25234079360961914f;
+  q = q * s + 1.0f;
+  return x < -end ? V{} : x > end ? V{} + 1.0f : 0.5f + divide(x * p, q);
+}
 
-FOVEAL_HOST_DEVICE float exponential(float x) { return expf(x); }
-FOVEAL_HOST_DEVICE float normal_cdf(float x) { return 0.5f * erfcf(-0.70710678f * x); }
+#if defined(FOVEAL_CUDA)
+
+__device__ __forceinline__ float exponential(float x) { return __expf(x); }
+__device__ __forceinline__ float normal_cdf(float x) { return fitted_normal_cdf(x); }
 
 #else
 
@@ -38,23 +59,7 @@ FOVEAL_INLINE Vector<float> exponential(Vector<float> x) {
   return p * (Vector<float>)(((Bits32)shifted + 127) << 23);
 }
 
-// The normal distribution's cumulative function, within 2e-7: 1/2 plus an odd rational minimax fit (relative error
-// 3e-8) up to |x| = 5.65, where float32 rounds the function to 0 or 1.
-FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) {
-  const float end = 5.65f;
-  const Vector<float> s = x * x;
-  Vector<float> p = 2.199233506416931e-08f * s + 6.288102667895146e-06f;
-  p = p * s + 0.00017128851322922856f;
-  p = p * s + 0.004691561684012413f;
-  p = p * s + 0.03417918086051941f;
-  p = p * s + 0.3989422619342804f;
-  Vector<float> q = 1.1705939186867909e-06f * s + 7.400415779557079e-05f;
-  q = q * s + 0.0018989990931004286f;
-  q = q * s + 0.028817784041166306f;
-  q = q * s + 0.25234079360961914f;
-  q = q * s + 1.0f;
-  return x < -end ? broadcast(0.0f) : x > end ? broadcast(1.0f) : 0.5f + divide(x * p, q);
-}
+FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) { return fitted_normal_cdf(x); }
 
 FOVEAL_INLINE Vector<double> exponential(Vector<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = exp(x[i]);
@@ -114,7 +119,7 @@ struct ActType {
 
 // Call `function(ActType<act>())`.
 template <class F>
-inline __attribute__((always_inline)) void with_act(Act act, F&& function) {
+FOVEAL_HOST_DEVICE void with_act(Act act, F&& function) {
   switch (act) {
     case Act::gelu: return function(ActType<Act::gelu>());
     case Act::gelu_tanh: return function(ActType<Act::gelu_tanh>());

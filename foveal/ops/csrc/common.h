@@ -2,6 +2,7 @@
 //
 // Files: `op.h` holds an op's arguments and the arithmetic of one element, for every target; `op_kernel.cpp` its CPU
 // loops, compiled once per instruction set into a namespace of that name; `op.cpp` takes tensors and is compiled once.
+// `op.cu` is all of the op on a GPU. FOVEAL_CUDA says that one of those is compiled: by nvcc or, for tests, for the host.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +13,18 @@
 #define FOVEAL_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
-#ifndef FOVEAL_ISA
+#if defined(FOVEAL_CUDA)
+#define FOVEAL_ISA cuda
+#elif !defined(FOVEAL_ISA)
 #define FOVEAL_ISA baseline
 #endif
 
 namespace foveal {
 
 struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {  // on GPUs alone
   uint16_t bits;
 };
 
@@ -62,7 +68,9 @@ int64_t thread_count();
 }  // namespace foveal
 
 // Declares `foveal::name(args)`, which calls the kernel compiled for this CPU: the only one there is, or the widest.
-#if defined(FOVEAL_ONLY)
+#if defined(FOVEAL_CUDA)
+#define FOVEAL_KERNEL(name, Args)
+#elif defined(FOVEAL_ONLY)
 #define FOVEAL_KERNEL(name, Args)                                               \
   namespace foveal {                                                            \
   namespace FOVEAL_ONLY { void name(const Args&); }                             \

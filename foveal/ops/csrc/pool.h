@@ -30,13 +30,16 @@ struct PoolBackward {
 
 namespace FOVEAL_ISA {
 
+// I: int64_t or, for sides of up to 65535, uint32_t, which GPUs divide faster.
+template <class I>
 struct Bin {
-  int64_t first, end;
+  I first, end;
 };
 
 // The cells that bin a of `bins` averages on a side of `cells`. The rule is its own inverse: `bin_of(cell, cells, bins)`
 // are the bins that hold a cell.
-FOVEAL_HOST_DEVICE Bin bin_of(int64_t a, int64_t bins, int64_t cells) {
+template <class I>
+FOVEAL_HOST_DEVICE Bin<I> bin_of(I a, I bins, I cells) {
   return {a * cells / bins, ((a + 1) * cells + bins - 1) / bins};
 }
 

@@ -10,7 +10,7 @@ void forward_rows(const PoolForward& args, int64_t begin, int64_t end) {
   const auto& [batch, height, width, channels, pooled_height, pooled_width] = args.shape;
   Scratch<S> sums(width * channels);
   for (int64_t task = begin; task < end; ++task) {
-    const Bin rows = bin_of(task % pooled_height, pooled_height, height);
+    const Bin<int64_t> rows = bin_of(task % pooled_height, pooled_height, height);
     const T* x = static_cast<const T*>(args.x) + task / pooled_height * args.x_strides.batch;
     T* out = static_cast<T*>(args.out) + task * pooled_width * channels;
     for (int64_t j = 0; j < width; ++j) {
@@ -23,7 +23,7 @@ void forward_rows(const PoolForward& args, int64_t begin, int64_t end) {
       });
     }
     for (int64_t b = 0; b < pooled_width; ++b) {
-      const Bin columns = bin_of(b, pooled_width, width);
+      const Bin<int64_t> columns = bin_of(b, pooled_width, width);
       const S cells = S((rows.end - rows.first) * (columns.end - columns.first));
       for_vectors<S>(channels, [&](int64_t c, int64_t n) {
         Vector<S> sum = {};
@@ -40,16 +40,16 @@ void backward_rows(const PoolBackward& args, int64_t begin, int64_t end) {
   Scratch<S> sums(pooled_width * channels);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / height, i = task % height;
-    const Bin above = bin_of(i, height, pooled_height);
+    const Bin<int64_t> above = bin_of(i, height, pooled_height);
     const T* grad = static_cast<const T*>(args.grad) + image * args.grad_strides.batch;
     const T* x = static_cast<const T*>(args.x) + image * args.x_strides.batch + i * args.x_strides.row;
     T* out = static_cast<T*>(args.grad_x) + task * width * channels;
     for (int64_t b = 0; b < pooled_width; ++b) {
-      const Bin columns = bin_of(b, pooled_width, width);
+      const Bin<int64_t> columns = bin_of(b, pooled_width, width);
       for_vectors<S>(channels, [&](int64_t c, int64_t n) {
         Vector<S> sum = {};
         for (int64_t a = above.first; a < above.end; ++a) {
-          const Bin rows = bin_of(a, pooled_height, height);
+          const Bin<int64_t> rows = bin_of(a, pooled_height, height);
           const S cells = S((rows.end - rows.first) * (columns.end - columns.first));
           sum += load<S>(grad + a * args.grad_strides.row + b * args.grad_strides.column + c, n) / cells;
         }
@@ -57,7 +57,7 @@ void backward_rows(const PoolBackward& args, int64_t begin, int64_t end) {
       });
     }
     for (int64_t j = 0; j < width; ++j) {
-      const Bin beside = bin_of(j, width, pooled_width);
+      const Bin<int64_t> beside = bin_of(j, width, pooled_width);
       for_vectors<S>(channels, [&](int64_t c, int64_t n) {
         Vector<S> sum = {};
         for (int64_t b = beside.first; b < beside.end; ++b) sum += load<S>(sums + (b * channels + c), n);

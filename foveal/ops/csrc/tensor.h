@@ -1,4 +1,4 @@
-// Tensors at the door of a kernel: PyTorch's stable ABI, for the files that are compiled once.
+// Tensors at the door of a kernel: PyTorch's stable ABI, for the files that are compiled once, of CPU and GPU.
 #pragma once
 
 #include <sys/mman.h>
@@ -72,7 +72,9 @@ inline void ask_for_huge_pages(void* data, int64_t bytes) {
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   Tensor result =
       torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+#if !defined(FOVEAL_CUDA)
   ask_for_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+#endif
   return result;
 }
 
