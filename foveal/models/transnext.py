@@ -103,10 +103,10 @@ def transnext(
     )
 
 
-def _cfg(repo: str, size: int = 224, crop_pct: float = 0.875, crop_mode: str = "center") -> dict[str, Any]:
+def _cfg(repo: str | None, size: int = 224, crop_pct: float = 0.875, crop_mode: str = "center") -> dict[str, Any]:
+    hub = {"hf_hub_id": f"DaiShiResearch/{repo}", "hf_hub_filename": f"{repo.replace('-', '_')}.pth"} if repo else {}
     return {
-        "hf_hub_id": f"DaiShiResearch/{repo}",
-        "hf_hub_filename": f"{repo.replace('-', '_')}.pth",
+        **hub,
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
         "crop_pct": crop_pct,
@@ -127,6 +127,7 @@ _cfg_384 = partial(_cfg, size=384, crop_pct=1.0, crop_mode="squash")
 
 default_cfgs = generate_default_cfgs(
     {
+        "transnext_pico": _cfg(None),
         "transnext_micro.in1k": _cfg("transnext-micro-224-1k"),
         "transnext_tiny.in1k": _cfg("transnext-tiny-224-1k"),
         "transnext_small.in1k": _cfg("transnext-small-224-1k"),
@@ -150,6 +151,16 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **kwargs,
     )
+
+
+@register_model
+def transnext_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """Half the widths of Micro: 2.2M parameters, 0.5G multiply-adds at 224.
+
+    It has no published weights. It stands in for the paper's model of tables 7 and 8, whose widths are not published.
+    """
+    args = {"dims": (24, 48, 96, 192), "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}
+    return _create("transnext_pico", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model

@@ -16,6 +16,7 @@ from foveal.models import transnext
 from tests.helpers import assert_near, randomised
 
 PARAMETERS = {
+    "transnext_pico": 2_242_832,
     "transnext_micro": 12_809_304,
     "transnext_tiny": 28_258_960,
     "transnext_small": 49_741_564,
@@ -23,7 +24,11 @@ PARAMETERS = {
     "transnext_micro_aaaa": 13_114_008,
 }
 SIZES = [(224, 224), (256, 256), (384, 384), (100, 150), (32, 32), (33, 65)]
-QUICK = {"transnext_micro", "transnext_micro_aaaa"}  # the others run at one size every day, at all with --slow
+QUICK = {
+    "transnext_pico",
+    "transnext_micro",
+    "transnext_micro_aaaa",
+}  # the others run at one size every day, at all with --slow
 SWEEP = [
     pytest.param(name, size, marks=() if name in QUICK or size == (33, 65) else pytest.mark.slow, id=f"{name}-{size}")
     for name in PARAMETERS
