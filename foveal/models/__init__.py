@@ -1,7 +1,8 @@
-"""Stage declarations, the backbone built from them, and TransNeXt as one configuration, registered in timm."""
+"""Stage declarations, the backbone built from them, TransNeXt as one configuration in timm; blocks in other models."""
 
 from foveal.models.backbone import Backbone
 from foveal.models.stage import Stage
+from foveal.models.swap import Replacements, swap
 from foveal.models.transnext import transnext
 
-__all__ = ["Backbone", "Stage", "transnext"]
+__all__ = ["Backbone", "Replacements", "Stage", "swap", "transnext"]

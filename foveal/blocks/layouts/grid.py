@@ -60,21 +60,33 @@ class CarriedGrid:
         return CarriedGrid, ()
 
 
-def grid_of(patch_embed: Any) -> PatchGrid | CarriedGrid:
-    """The grid behind the tokens of one of timm's patch embeddings, to be shared by all the adapters of a model.
+def map_format(patch_embed: Any) -> str | None:
+    """In which format one of timm's patch embeddings returns maps; None where it returns tokens of one image size.
 
     Raises:
         ValueError: the module is no such embedding, or takes any size and yet returns tokens.
     """
     flatten = getattr(patch_embed, "flatten", None)
-    output_fmt = str(getattr(getattr(patch_embed, "output_fmt", None), "value", None))
-    if flatten is False and output_fmt in (Format.NHWC.value, Format.NCHW.value):
-        grid = CarriedGrid()
-        grid.follow(patch_embed, output_fmt)
-        return grid
+    output_fmt = getattr(patch_embed, "output_fmt", None)
+    if flatten is False and output_fmt in (Format.NHWC, Format.NCHW):
+        return output_fmt.value
     if flatten and getattr(patch_embed, "strict_img_size", False) and patch_embed.grid_size is not None:
-        return PatchGrid(patch_embed)
+        return None
     raise ValueError(
         f"the grid of the tokens of {type(patch_embed).__name__} is unknown: it is neither an embedding of one "
         "declared image size nor one that returns maps (dynamic_img_size=True makes a ViT's return maps)"
     )
+
+
+def grid_of(patch_embed: Any) -> PatchGrid | CarriedGrid:
+    """The grid behind the tokens of one of timm's patch embeddings, to be shared by all the adapters of a model.
+
+    Raises:
+        ValueError: the grid is unknown, see :func:`map_format`.
+    """
+    output_fmt = map_format(patch_embed)
+    if output_fmt is None:
+        return PatchGrid(patch_embed)
+    grid = CarriedGrid()
+    grid.follow(patch_embed, output_fmt)
+    return grid
