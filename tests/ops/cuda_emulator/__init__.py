@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 FLAGS = (
     "-std=c++20 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wno-psabi -Wall -Werror -Wno-unknown-pragmas"
     " -Wno-unused-but-set-parameter -DTORCH_TARGET_VERSION=0x020a000000000000 -DFOVEAL_CUDA"
+    " -DFOVEAL_GATE_CHUNK=8192"
 )
 
 
@@ -50,7 +51,7 @@ def why_not() -> str | None:
         torch.ops.load_library(build.build(_target(), retry=True))
     except build.BuildError as error:
         if error.details:
-            raise
+            raise RuntimeError(f"{error}\n{error.details}") from None
         return str(error)
     return None
 

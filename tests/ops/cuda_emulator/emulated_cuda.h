@@ -90,6 +90,14 @@ T __shfl_down_sync(unsigned mask, T value, int delta, int width = 32) {
   return foveal::emulator::from_lane(mask, value, source / width == lane / width ? source : lane);
 }
 
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float __expf(float x) { return expf(x); }

@@ -1,5 +1,5 @@
 // A grid of blocks of threads on one thread of the host: every thread of a block is a fiber, which runs until it waits
-// for the others. Fibers begin with ucontext and switch with setjmp, which makes no system call.
+// for the others. Fibers begin, once, with ucontext and switch with setjmp, which makes no system call.
 #include "emulated_cuda.h"
 
 #include <setjmp.h>
@@ -38,7 +38,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[stack_size]};  // not touched before it is used
   ucontext_t start;
   jmp_buf resume;
-  bool started;
+  bool started = false;
   State state;
   dim3 index;
   int number;
@@ -60,10 +60,17 @@ jmp_buf scheduler;
 const std::function<void()>* body;
 const char* failure;
 
+void wait(State state) {
+  current->state = state;
+  if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
+}
+
+// A fiber is one thread of every block, one after the other.
 void enter() {
-  (*body)();
-  current->state = State::done;
-  _longjmp(scheduler, 1);
+  for (;;) {
+    (*body)();
+    wait(State::done);
+  }
 }
 
 void resume(Fiber& fiber) {
@@ -78,11 +85,6 @@ void resume(Fiber& fiber) {
   fiber.start.uc_link = nullptr;
   makecontext(&fiber.start, enter, 0);
   setcontext(&fiber.start);
-}
-
-void wait(State state) {
-  current->state = state;
-  if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
 }
 
 // An operation of a warp begins when all lanes of its mask that still run have come to it.
@@ -122,13 +124,18 @@ bool release(size_t threads) {
   return any;
 }
 
+[[noreturn]] void give_up(const char* why) {
+  for (Fiber& fiber : fibers) fiber.started = false;  // where they stopped they would never go on
+  throw std::runtime_error(why);
+}
+
 void run_block(size_t threads) {
   memset(shared_begin, 0xff, shared_size);
   std::vector<size_t> turn(threads);
   std::iota(turn.begin(), turn.end(), 0);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.started = false, fiber.state = State::ready, fiber.number = int(i);
+    fiber.state = State::ready, fiber.number = int(i);
     fiber.index = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x % blockDim.y, unsigned(i) / blockDim.x / blockDim.y};
     fiber.groups.clear(), fiber.copies.clear();
   }
@@ -136,10 +143,10 @@ void run_block(size_t threads) {
     std::shuffle(turn.begin(), turn.end(), order);
     for (size_t i : turn) {
       if (fibers[i].state == State::ready) resume(fibers[i]);
-      if (failure) throw std::runtime_error(failure);
+      if (failure) give_up(failure);
     }
     if (std::all_of(turn.begin(), turn.end(), [](size_t i) { return fibers[i].state == State::done; })) return;
-    if (!release(threads)) throw std::runtime_error("emulated kernel: threads wait for others that never come");
+    if (!release(threads)) give_up("emulated kernel: threads wait for others that never come");
   }
 }
 
