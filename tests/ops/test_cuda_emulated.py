@@ -1,5 +1,7 @@
 """The CUDA kernels on the host: tiling, reductions and indices. A GPU runs the ops' own tests instead."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -14,10 +16,14 @@ pytestmark = needs_emulator
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@contextmanager
+def emulated_in_poisoned_memory():
+    with poisoned_memory(), emulated() as ran:
+        yield ran
+
+
 def assert_emulated_is_accurate(function, inputs, kernels):
-    with poisoned_memory():
-        ran = assert_as_accurate(function, inputs, emulated)
-    assert ran == kernels
+    assert assert_as_accurate(function, inputs, emulated_in_poisoned_memory) == kernels
 
 
 POOL = {"activate_and_pool", "activate_and_pool_backward"}
