@@ -1,11 +1,10 @@
 """Compile the CUDA kernels for three generations of GPUs: no warnings, no spills, and room for the blocks they plan.
 
 A kernel states its block's threads and the blocks that a multiprocessor is meant to hold (FOVEAL_OCCUPANCY); here its
-registers are held against that. Prints a table; exits with 1 if anything is wrong. Without nvcc it says so and checks
-nothing.
+registers are held against that. The library must use PyTorch's stable ABI alone. Prints a table; exits with 1 if
+anything is wrong. Without nvcc it says so and checks nothing.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -27,17 +26,25 @@ def planned_occupancy(objects: Path) -> dict[str, tuple[int, int]]:
     """Threads of a block and blocks of a multiprocessor by kernel, as the compiler took them into its PTX."""
     found = {}
     for file in objects.glob("*.ptx"):
-        for entry in re.finditer(r"^\.visible \.entry (\w+)\((.*?)^\{", file.read_text(), re.MULTILINE | re.DOTALL):
+        for entry in re.finditer(
+            r"^(?:\.visible )?\.entry (\w+)\((.*?)^\{", file.read_text(), re.MULTILINE | re.DOTALL
+        ):
             threads = re.search(r"\.maxntid (\d+)", entry[2])
             blocks = re.search(r"\.minnctapersm (\d+)", entry[2])
             found[entry[1]] = (int(threads[1]) if threads else 0, int(blocks[1]) if blocks else 0)
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--objects", type=Path, help="a directory that keeps what was compiled, by default a new one")
-    objects = parser.parse_args().objects or Path(tempfile.mkdtemp())
+def unstable_symbols(library: Path) -> list[str]:
+    """What the library expects of Python or of PyTorch's C++ classes, which differ between their versions."""
+    listing = subprocess.run(
+        ["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    return [name for name in names if re.match(r"_?Py|(c10|at|torch|caffe2)::", name)]
+
+
+def check(objects: Path) -> int:
     try:
         target = recipes.cuda_target(toolchain.architectures([]))
         log = build.run_ninja(objects, target)
@@ -69,7 +76,15 @@ def main() -> int:
     if len(kernels) != 3 * len(plans) or not kernels:
         wrong.append(f"ptxas reported {len(kernels)} kernels, the PTX holds {len(plans)} for each of 3 architectures")
         print(wrong[-1])
+    if unstable := unstable_symbols(objects / "library.so"):
+        wrong.append(f"the library uses more of PyTorch than its stable ABI, or Python: {unstable}")
+        print(wrong[-1])
     return 1 if wrong else 0
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        return check(Path(directory))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ pool_forward(PoolShape shape, Act act, const T* x, MapStrides strides, T* out) {
 
 // Blocks are rows of a map; a thread's items are cells and channels.
 template <class T, int n>
-__global__ void FOVEAL_OCCUPANCY(threads, 4)
+__global__ void FOVEAL_OCCUPANCY(threads, 3)
 pool_backward(PoolShape shape, Act act, const T* grad, MapStrides grad_strides, const T* x, MapStrides x_strides, T* grad_x) {
   const uint32_t height = uint32_t(shape.height), width = uint32_t(shape.width);
   const uint32_t pooled_height = uint32_t(shape.pooled_height), pooled_width = uint32_t(shape.pooled_width);

@@ -51,6 +51,7 @@ window_dot(WindowShape shape, HeadCells<const T> left, HeadCells<const T> right,
     T* const to = out + (((image * height + i) * width + j) * shape.heads + h) * size * size + dy * size;
     for (int first = 0; first < size; first += run) {
       Floats<run> sums = {};
+#pragma unroll 2
       for (int64_t c = 0; y >= 0 && y < height && c < shape.d; c += n) {
         const Floats<n> q = load<n>(query + c);
 #pragma unroll
