@@ -37,14 +37,18 @@ class _RecordLinear(TorchFunctionMode):
 
 
 class LinearFloor(nn.Module):
-    """The linear layers of a model alone, on maps of the sizes that an input gives them: what no fusion can save."""
+    """The linear layers of a model alone, on maps of the sizes that an input gives them: what no fusion can save.
+
+    They run over the whole batch, as any network's do, and are recorded with gradients enabled: in inference some of
+    foveal's blocks work through the batch in slices.
+    """
 
     def __init__(self, model: nn.Module, x: Tensor):
         super().__init__()
         model = model.eval()
         with torch.no_grad():
             model(x)  # fills what is kept per size, such as position biases
-            with _RecordLinear() as record:
+            with torch.enable_grad(), _RecordLinear() as record:
                 model(x)
         dd = {"device": x.device, "dtype": x.dtype}
         self.layers = nn.ModuleList(nn.Linear(w[1], w[0], bias=bias, **dd) for _, w, bias in record.calls)

@@ -1,9 +1,11 @@
 """ConvGLU: a gated linear unit whose gate sees its neighbours, channel attention at the price of an MLP."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks.activation import activation_name
 from foveal.blocks.glu import DepthwiseGLU
+from foveal.blocks.inference import infers_on_cpu, is_plain_linear
 from foveal.ops import depthwise_gate
 
 
@@ -24,6 +26,14 @@ class ConvGLU(DepthwiseGLU):
         >>> ConvGLU(96, hidden_dim=256)(torch.randn(2, 14, 14, 96)).shape
         torch.Size([2, 14, 14, 96])
     """
+
+    def _whole(self, x: Tensor) -> Tensor:
+        name = activation_name(self.act)
+        if name is None or not infers_on_cpu(x, self.training) or not is_plain_linear(self.fc1):
+            return super()._whole(x)
+        hidden = F.linear(x, self.fc1.weight)
+        gated = depthwise_gate(hidden, self.dwconv.weight, self.dwconv.bias, name, input_bias=self.fc1.bias)
+        return self.drop(self.fc2(self.drop(gated)))
 
     def mix(self, x: Tensor) -> Tensor:
         name = activation_name(self.act)

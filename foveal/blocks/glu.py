@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from foveal.blocks.checks import check_map, check_positive
 from foveal.blocks.depthwise_conv import DepthwiseConv
+from foveal.blocks.inference import in_slices
 from foveal.blocks.initialization import init_linear
 
 
@@ -50,6 +51,9 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
+        return in_slices(self, self._whole, x, 2 * self.hidden_dim)
+
+    def _whole(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.mix(self.fc1(x)))))
 
     def pointwise(self, x: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from foveal.ops._library import declare, declare_gradient, fake_gradients, gradi
 from foveal.ops.backend import runs_compiled, unserved_dtype
 
 
-def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gelu") -> Tensor:
+def depthwise_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gelu", *, input_bias: Tensor | None = None
+) -> Tensor:
     """Gate one half of the channels with the other, after a depthwise convolution (equation 19).
 
     Equivalent to::
@@ -23,6 +25,8 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: s
         weight: ``(C, 1, k, k)``, k odd; may differ from x in dtype.
         bias: ``(C,)`` or None.
         act: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
+        input_bias: ``(2C,)`` or None, added to x first. The bias of the Linear that makes x, given here and not there,
+            saves a pass over x in inference on the CPU.
 
     Returns:
         ``(B, H, W, C)`` in the dtype of x; computed in float32 for half types.
@@ -39,9 +43,23 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: s
     if bias is not None:
         check_shape("bias", bias, (channels,), "(C,)")
     check_choice("act", act, tuple(reference.ACTIVATIONS))
+    if input_bias is not None:
+        check_shape("input_bias", input_bias, (2 * channels,), "(2C,)")
+        if _fuses_input_bias(x, weight, bias, input_bias):
+            return torch.ops.foveal.depthwise_gate_with_input_bias(x, input_bias, weight, bias, act)
+        x = (x + input_bias).to(x.dtype)
     if runs_compiled("depthwise_gate", x, unserved_dtype(x)):
         return torch.ops.foveal.depthwise_gate(x, weight, bias, act)
     return reference.depthwise_gate(x, weight, bias, act)
+
+
+def _fuses_input_bias(x: Tensor, weight: Tensor, *parameters: Tensor | None) -> bool:
+    """Only in inference on the CPU, and not for large kernels, which lose digits where little of them is on the map."""
+    parameters = (weight, *parameters)
+    differentiated = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
+    if x.device.type != "cpu" or differentiated or weight.shape[-1] > 7:
+        return False
+    return runs_compiled("depthwise_gate", x, unserved_dtype(x))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -74,6 +92,13 @@ declare(
     default=lambda *args: reference.depthwise_gate(*args).contiguous(),
     fake=_fake,
     flops=_flops,
+)
+declare(
+    "depthwise_gate_with_input_bias",
+    "(Tensor x, Tensor input_bias, Tensor weight, Tensor? bias, str act) -> Tensor",
+    default=lambda x, input_bias, *args: reference.depthwise_gate(x + input_bias, *args).contiguous(),
+    fake=lambda x, input_bias, *args: _fake(x, *args),
+    flops=lambda x, input_bias, *args, out_shape=None: _flops(x, *args),
 )
 declare(
     "depthwise_gate_backward",

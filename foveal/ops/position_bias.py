@@ -35,11 +35,8 @@ class PositionBias(NamedTuple):
 
     def dense(self) -> Tensor:
         """The bias of every pair, ``(heads, H * W, Hp * Wp)``: quadratic in the size of the map."""
-        (height, width), (key_height, key_width) = self.query_grid, self.key_grid
-        rows = self.table.index_select(1, self.row_index.flatten())
-        bias = rows.index_select(2, self.column_index.flatten())
-        bias = bias.view(-1, height, key_height, width, key_width).transpose(2, 3)
-        return bias.reshape(-1, height * width, key_height * key_width)
+        bias = self.table[:, self.row_index[:, None, :, None], self.column_index[None, :, None, :]]
+        return bias.flatten(3, 4).flatten(1, 2)
 
     @classmethod
     def from_dense(cls, bias: Tensor) -> "PositionBias":

@@ -167,3 +167,35 @@ def test_working_memory_is_written_before_it_is_read():
         "for shape in SHAPES: assert_as_accurate(gate(), inputs(shape))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "MALLOC_PERTURB_": "85"})
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bias_of_the_input_without_a_pass_of_its_own(shape, dtype):
+    x, weight, bias = (t.detach() for t in inputs(shape, dtype))
+    input_bias = torch.randn(x.shape[-1], dtype=dtype)
+    with poisoned_memory():
+        assert_as_accurate(lambda *t: ops.depthwise_gate(*t[:3], input_bias=t[3]), [x, weight, bias, input_bias])
+
+
+@needs_compiler
+def test_bias_of_the_input_has_a_gradient():
+    x, weight, bias = inputs((2, 6, 5, 20, 3))
+    input_bias = torch.randn(40, requires_grad=True)
+    assert_as_accurate(lambda *t: ops.depthwise_gate(*t[:3], input_bias=t[3]), [x, weight, bias, input_bias])
+    x, weight, bias = (t.detach() for t in (x, weight, bias))
+    assert_as_accurate(lambda *t: ops.depthwise_gate(*t[:3], input_bias=t[3]), [x, weight, bias, input_bias])
+
+
+@needs_compiler
+def test_opcheck_of_the_inference_op():
+    x, weight, bias = (t.detach() for t in inputs((2, 4, 5, 6, 3)))
+    op = torch.ops.foveal.depthwise_gate_with_input_bias
+    torch.library.opcheck(op, (x, torch.randn(12), weight, bias, "gelu"))
+
+
+def test_bias_of_the_input_must_fit():
+    x, weight, bias = inputs((2, 4, 5, 6, 3))
+    with pytest.raises(ValueError, match=r"input_bias must have shape \(2C,\) = \(12,\), got \(6,\)"):
+        ops.depthwise_gate(x, weight, bias, input_bias=torch.randn(6))

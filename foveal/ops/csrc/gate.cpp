@@ -9,14 +9,24 @@ GateShape gate_shape(const Tensor& x, const Tensor& weight) {
   return {x.size(0), x.size(1), x.size(2), weight.size(0), weight.size(3)};
 }
 
-Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& act) {
+Tensor gate(const Tensor& x, const std::optional<Tensor>& input_bias, const Tensor& weight,
+            const std::optional<Tensor>& bias, const std::string& act) {
   const Tensor map = with_dense_rows(x), w = dense(weight, compute_type(x));
-  const auto b = dense(bias, compute_type(x));
+  const auto added = dense(input_bias, x.scalar_type()), b = dense(bias, compute_type(x));
   const GateShape shape = gate_shape(x, weight);
   Tensor out = empty(x, {shape.batch, shape.height, shape.width, shape.channels}, x.scalar_type());
-  depthwise_gate_forward({shape, dtype_of(x), act_named(act), map.const_data_ptr(), w.const_data_ptr(),
+  depthwise_gate_forward({shape, dtype_of(x), act_named(act), map.const_data_ptr(), pointer(added), w.const_data_ptr(),
                           pointer(b), map_strides(map), out.mutable_data_ptr()});
   return out;
+}
+
+Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& act) {
+  return gate(x, std::nullopt, weight, bias, act);
+}
+
+Tensor forward_with_input_bias(const Tensor& x, const Tensor& input_bias, const Tensor& weight,
+                               const std::optional<Tensor>& bias, const std::string& act) {
+  return gate(x, input_bias, weight, bias, act);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -50,5 +60,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
 
 STABLE_TORCH_LIBRARY_IMPL(foveal, CPU, m) {
   m.impl("depthwise_gate", TORCH_BOX(&foveal::forward));
+  m.impl("depthwise_gate_with_input_bias", TORCH_BOX(&foveal::forward_with_input_bias));
   m.impl("depthwise_gate_backward", TORCH_BOX(&foveal::backward));
 }

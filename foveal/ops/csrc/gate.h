@@ -10,12 +10,13 @@ struct GateShape {
   int64_t batch, height, width, channels, size;  // size: side of the kernel, odd
 };
 
-// Weights are (C, size * size) and, like the bias (C,) or null, of the compute type of x.
+// Weights are (C, size * size) and, like the bias (C,) or null, of the compute type of x. What is to be added to x first,
+// (2C,) or null, is of the type of x.
 struct GateForward {
   GateShape shape;
   Dtype dtype;
   Act act;
-  const void *x, *weight, *bias;
+  const void *x, *input_bias, *weight, *bias;
   MapStrides x_strides;
   void* out;  // (B, H, W, C), dense
 };

@@ -1,5 +1,7 @@
 // CPU loops of depthwise_gate. A tile of columns is convolved, gated and stored in one pass over its channels. Cells
-// are read where they lie, through pointers that lead to zeros outside of the map.
+// are read where they lie, through pointers that lead to zeros outside of the map. A bias of the input costs the
+// convolution nothing: its product with the weights joins the bias of the output, and what lies outside of the map is
+// minus the input's bias.
 #include "gate.h"
 
 namespace foveal::FOVEAL_ISA {
@@ -52,19 +54,44 @@ struct Rows {
   int64_t height, width, row, column, period;
 };
 
+FOVEAL_INLINE float negative(float x) { return -x; }
+FOVEAL_INLINE double negative(double x) { return -x; }
+FOVEAL_INLINE bfloat16 negative(bfloat16 x) { return {uint16_t(x.bits ^ 0x8000)}; }
+
+// The bias of the input, (2C,) or null: adds its share to the convolution's bias, and gives the cells outside the map.
+template <class T>
+struct InputBias {
+  using S = Compute<T>;
+  Scratch<T> outside;
+  const T* of_value;
+
+  InputBias(const Plan<S>& plan, const void* input_bias, Parameters<S>& parameters) : outside(plan.padded_channels) {
+    const T* from = static_cast<const T*>(input_bias);
+    __builtin_memset(outside, 0, plan.padded_channels * sizeof(T));
+    of_value = from ? from + plan.shape.channels : nullptr;
+    for (int64_t c = 0; from && c < plan.shape.channels; ++c) {
+      S sum = 0;
+      for (int64_t t = 0; t < plan.taps(); ++t) sum += parameters.weight[t * plan.padded_channels + c];
+      parameters.bias[c] += sum * load<S>(from + c, 1)[0];
+      outside[c] = negative(from[c]);
+    }
+  }
+};
+
 // Pointers to the (size, tile + size - 1) cells that a tile reads.
 template <class T>
 class Window {
  public:
-  Window(int64_t size, const void* zeros)
-      : size_(size), zeros_(static_cast<const T*>(zeros)), cells_(size * (tile + size - 1)) {}
+  explicit Window(int64_t size) : size_(size), cells_(size * (tile + size - 1)) {}
+
+  void set_outside(const void* cell) { outside_ = static_cast<const T*>(cell); }
 
   void move(const Rows<T>& rows, int64_t i, int64_t j) {
     const T** to = cells_;
     for (int64_t y = i - size_ / 2; y <= i + size_ / 2; ++y) {
       const T* row = y >= 0 && y < rows.height ? rows.cells + y % rows.period * rows.row : nullptr;
       for (int64_t x = j - size_ / 2; x < j + tile + size_ / 2; ++x) {
-        *to++ = row && x >= 0 && x < rows.width ? row + x * rows.column : zeros_;
+        *to++ = row && x >= 0 && x < rows.width ? row + x * rows.column : outside_;
       }
     }
   }
@@ -76,7 +103,7 @@ class Window {
 
  private:
   int64_t size_;
-  const T* zeros_;
+  const T* outside_ = nullptr;
   Scratch<const T*> cells_;
 };
 
@@ -145,15 +172,18 @@ void forward(const GateForward& args) {
   const Plan<S> plan(args.shape);
   const auto& [batch, height, width, channels, size] = args.shape;
   const MapStrides strides = args.x_strides;
-  const Parameters<S> parameters(plan, args.weight, args.bias, false);
+  Parameters<S> parameters(plan, args.weight, args.bias, false);
+  const InputBias<T> input_bias(plan, args.input_bias, parameters);
 
   parallel_for(plan.blocks * batch * height, 1, [&](int64_t begin, int64_t end) {
-    Window<T> window(size, parameters.zeros);
+    Window<T> window(size);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index / (batch * height) * plan.block, image = index / height % batch, i = index % height;
       const S *weight = parameters.weight + first, *bias = parameters.bias + first;
+      const T* value_bias = input_bias.of_value ? input_bias.of_value + first : nullptr;
       const T* x = static_cast<const T*>(args.x) + image * strides.batch + first;
       const Rows<T> gate{x, height, width, strides.row, strides.column, height};
+      window.set_outside(input_bias.outside + first);
       for (int64_t j = 0; j < width; j += tile) {
         window.move(gate, i, j);
         const T* value = x + channels + i * strides.row + j * strides.column;
@@ -162,8 +192,9 @@ void forward(const GateForward& args) {
         for_channels<S>(size, own_channels, [&](int64_t c, int64_t count, auto fixed) {
           Vector<S> sum[tile];
           convolve<fixed.value>(window, plan, weight, bias, c, count, sum);
+          const Vector<S> added = value_bias ? load<S>(value_bias + c, count) : Vector<S>{};
           for (int64_t t = 0; t < columns; ++t) {
-            const Vector<S> v = load<S>(value + t * strides.column + c, count);
+            const Vector<S> v = load<S>(value + t * strides.column + c, count) + added;
             store(out + t * channels + c, gate_pixel<act, S>(sum[t], v), count);
           }
         });
@@ -206,8 +237,10 @@ void backward(const GateBackward& args) {
   __builtin_memset(partial, 0, batch * plan.bands * partial_size * sizeof(S));
 
   parallel_for(batch * plan.bands * plan.blocks, 1, [&](int64_t begin, int64_t end) {
-    Window<T> window(size, parameters.zeros);
-    Window<S> ring_window(size, turned.zeros);
+    Window<T> window(size);
+    Window<S> ring_window(size);
+    window.set_outside(parameters.zeros);
+    ring_window.set_outside(turned.zeros);
     Scratch<S> ring(size * width * plan.block);  // the last rows of the convolution's gradient
     const Rows<S> grad_convolved{ring, height, width, width * plan.block, plan.block, size};
     for (int64_t index = begin; index < end; ++index) {
