@@ -10,6 +10,8 @@ from foveal.ops._checks import check_choice, check_dim, check_floating, check_gr
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients
 from foveal.ops.backend import runs_compiled, unserved_dtype
 
+_MAX_SIDE_ON_GPUS = 65535  # whose product with another still fits 32 bits
+
 
 def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu") -> Tensor:
     """Activate a map and average it over a coarser grid (the inner part of equation 5).
@@ -29,9 +31,16 @@ def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu") -> Tens
     check_floating("x", x)
     check_grid("grid", grid)
     check_choice("act", act, tuple(reference.ACTIVATIONS))
-    if runs_compiled("activate_and_pool", x, unserved_dtype(x)):
+    if runs_compiled("activate_and_pool", x, _unsupported(x, grid)):
         return torch.ops.foveal.activate_and_pool(x, tuple(grid), act)
     return reference.activate_and_pool(x, grid, act)
+
+
+def _unsupported(x: Tensor, grid: Sequence[int]) -> list[str]:
+    reasons = unserved_dtype(x)
+    if x.device.type == "cuda" and max(*x.shape[1:3], *grid) > _MAX_SIDE_ON_GPUS:
+        reasons.append(f"a side of more than {_MAX_SIDE_ON_GPUS} cells is not served on cuda")
+    return reasons
 
 
 def _fake(x: Tensor, grid: Sequence[int], act: str) -> Tensor:

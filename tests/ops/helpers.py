@@ -10,12 +10,15 @@ from torch import Tensor
 
 from foveal.ops import backend, library
 
+# Of which a device's kernels serve some: a test over them runs with those (conftest.py).
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Added to the bound on an error, relative to the largest magnitude or 1: a few roundings of the coarser of the result's
 # type and the type it is computed in.
 SLACK = {torch.float64: 2**-46, torch.float32: 2**-21, torch.float16: 2**-12, torch.bfloat16: 2**-9}
 # No error may exceed this, whatever plain PyTorch makes of it.
 CAP = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
+on_devices = pytest.mark.on_devices  # see conftest.py
 needs_compiler = pytest.mark.skipif(library.why_not("cpu") is not None, reason=str(library.why_not("cpu")))
 
 
@@ -31,8 +34,8 @@ def results(
         out = function(*inputs)
     if not wanted:
         return [out]
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grad = grad.to(grad_dtype or out.dtype).to(out.dtype)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
+    grad = grad.to(grad_dtype or out.dtype).to(out)
     return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
 
 
@@ -68,7 +71,8 @@ def assert_as_accurate(
 @contextmanager
 def poisoned_memory():
     """Tensors allocated without a value are full of NaN, inside an op's kernel too."""
-    torch.use_deterministic_algorithms(True)
+    # On a GPU some of the reference has no deterministic implementation, and only warns.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
         assert torch.empty(8).isnan().all()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveal import ops
 from foveal.ops import PositionBias, reference
-from tests.ops.helpers import assert_as_accurate, needs_compiler, poisoned_memory, results
+from tests.ops.helpers import DTYPES, assert_as_accurate, needs_compiler, on_devices, poisoned_memory, results
 
 OPTIONAL = ("query_embedding", "window_bias", "pool_bias", "positional_tokens", "positional_bias")
 
@@ -132,15 +132,15 @@ def test_reference_has_right_gradients(case, normalize):
         assert torch.autograd.gradcheck(partial(function, normalize=normalize), tensors, fast_mode=True)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_is_as_accurate_as_the_reference(case, dtype):
     with poisoned_memory():
         assert_as_accurate(*make(case, dtype, parameter_dtype=max(dtype, torch.float32, key=lambda t: t.itemsize)))
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("bias", [scattered_bias, dense_bias, key_bias])
 @pytest.mark.parametrize("case", CASES[4:7], ids=str)
 def test_any_index_of_the_pooled_bias(case, bias):
@@ -148,14 +148,14 @@ def test_any_index_of_the_pooled_bias(case, bias):
         assert_as_accurate(*make(case, bias=bias))
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("absent", range(1 << len(OPTIONAL)))
 def test_optional_inputs(absent):
     without = [name for i, name in enumerate(OPTIONAL) if absent >> i & 1]
     assert_as_accurate(*make(Case((4, 5), (2, 2), dim=12), without=without))
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("length_scaled", "normalize"), [(True, False), (False, True), (False, False)])
 def test_options(length_scaled, normalize, dtype):
@@ -174,9 +174,9 @@ def test_gradients_one_by_one(wanted):
         assert_as_accurate(function, tensors)
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_the_scale(dtype, alone):
     """Scaling logits is scaling queries: the gradient is the sum of q . dq, its error a part of that of |q . dq|."""
     maps = [torch.randn(2, 20, 18, 3, 24).to(dtype).requires_grad_(not alone) for _ in range(3)]
@@ -194,7 +194,7 @@ def test_gradient_of_the_scale(dtype, alone):
     assert ((compiled - exact).abs() <= 8 * torch.finfo(scale.dtype).eps * terms).all()
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize(
     ("dtype", "parameter_dtype"),
     [
@@ -214,7 +214,7 @@ def test_parameters_of_another_dtype(dtype, parameter_dtype):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * coarsest * max(scale, 1))
 
 
-@needs_compiler
+@on_devices
 def test_log_sum_exp():
     arguments = raw_arguments(CASES[5])
     lse = torch.ops.foveal.aggregated_attention(*arguments)[1]
@@ -236,7 +236,7 @@ def test_zero_vectors_and_large_logits():
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-3 if dtype == torch.float32 else 1e-9)
 
 
-@needs_compiler
+@on_devices
 def test_nan_stays_where_it_belongs():
     function, tensors = make(Case((5, 18), (2, 2), batch=1, heads=1))
     q = torch.zeros_like(tensors[0])
@@ -248,7 +248,7 @@ def test_nan_stays_where_it_belongs():
     assert outs[0][0, 2, 5].equal(outs[1][0, 2, 5])
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize(
     "view",
     [
@@ -285,8 +285,8 @@ def test_expanded_gradient():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_opcheck(dtype):
     arguments = raw_arguments(Case((3, 4), (2, 2), dim=6), dtype, torch.float32)
     torch.library.opcheck(torch.ops.foveal.aggregated_attention, tuple(arguments))
@@ -319,7 +319,7 @@ def test_images_shared_by_many_threads(threads):
         torch.set_num_threads(usual)
 
 
-@needs_compiler
+@on_devices
 def test_compiles_as_one_graph_for_all_sizes_and_follows_the_backend():
     torch._dynamo.reset()
     graphs = []

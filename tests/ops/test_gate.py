@@ -7,7 +7,7 @@ import torch
 
 from foveal import ops
 from foveal.ops import reference
-from tests.ops.helpers import assert_as_accurate, needs_compiler, poisoned_memory, results
+from tests.ops.helpers import DTYPES, assert_as_accurate, needs_compiler, on_devices, poisoned_memory, results
 
 ACTS = tuple(reference.ACTIVATIONS)
 # B, H, W, C, k: maps smaller than the window, one row or column, channels short of a vector and past it, no image, two
@@ -44,23 +44,23 @@ def test_reference_has_right_gradients(act, size):
         assert torch.autograd.gradcheck(gate(act), inputs((2, 3, 4, 2, size), torch.float64))
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_compiled_is_as_accurate_as_the_reference(shape, dtype):
     with poisoned_memory():
         assert_as_accurate(gate(), inputs(shape, dtype))
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ACTS)
 def test_every_activation(act, dtype):
     x, weight, bias = inputs((2, 6, 5, 21, 3), dtype)
     assert_as_accurate(gate(act), [(4 * x).detach().requires_grad_(), weight, bias])
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("act", ACTS)
 def test_infinities_and_nan_pass_through_the_activation(act):
     gates = torch.tensor([float("inf"), -float("inf"), float("nan"), -100.0, 100.0, -5.7, 5.7, 0.0, -0.0])
@@ -70,14 +70,14 @@ def test_infinities_and_nan_pass_through_the_activation(act):
     torch.testing.assert_close(compiled[..., 1:], plain[..., 1:], rtol=1e-6, atol=3e-7, equal_nan=True)
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_parameters_of_another_dtype(dtype, parameter_dtype):
     assert_as_accurate(gate(), inputs((2, 5, 6, 20, 3), dtype, parameter_dtype))
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("wanted", range(8))
 def test_every_subset_of_gradients(wanted):
     tensors = [t.detach().requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate(inputs((2, 6, 5, 20, 3)))]
@@ -85,12 +85,12 @@ def test_every_subset_of_gradients(wanted):
         assert_as_accurate(gate(), tensors)
 
 
-@needs_compiler
+@on_devices
 def test_without_bias():
     assert_as_accurate(gate(), inputs((2, 6, 5, 20, 3), bias=False))
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize(
     "view",
     [
@@ -107,7 +107,7 @@ def test_strided_inputs(view):
     assert_as_accurate(lambda *t: ops.depthwise_gate(view(t[0]), *t[1:]), [x, weight, bias])
 
 
-@needs_compiler
+@on_devices
 def test_expanded_gradient():
     tensors = inputs((2, 6, 5, 20, 3))
     grads = []
@@ -118,8 +118,8 @@ def test_expanded_gradient():
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.foveal.depthwise_gate, (*inputs((2, 4, 5, 6, 3), dtype, torch.float32), "gelu"))
 
@@ -138,7 +138,7 @@ def test_runs_repeat_bit_for_bit_and_agree_over_thread_counts():
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
 
 
-@needs_compiler
+@on_devices
 def test_compiles_as_one_graph_for_all_sizes_and_follows_the_backend():
     torch._dynamo.reset()
     graphs = []

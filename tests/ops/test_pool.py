@@ -3,7 +3,7 @@ import torch
 
 from foveal import ops
 from foveal.ops import reference
-from tests.ops.helpers import assert_as_accurate, needs_compiler, poisoned_memory, results
+from tests.ops.helpers import DTYPES, assert_as_accurate, needs_compiler, on_devices, poisoned_memory, results
 
 ACTS = tuple(reference.ACTIVATIONS)
 # (B, H, W, C), grid: dividing, not dividing (bins overlap), one cell, larger than the map, no image
@@ -27,22 +27,22 @@ def test_reference_has_right_gradients(act, grid):
         assert torch.autograd.gradcheck(pool(grid, act), tokens((2, 4, 3, 2), torch.float64))
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "grid"), CASES, ids=str)
 def test_compiled_is_as_accurate_as_the_reference(shape, grid, dtype):
     with poisoned_memory():
         assert_as_accurate(pool(grid), [tokens(shape, dtype)])
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ACTS)
 def test_every_activation(act, dtype):
     assert_as_accurate(pool((2, 3), act), [tokens((2, 5, 6, 19), dtype)])
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize(
     "view", [lambda x: x[:, ::2, 1:, 3:23], lambda x: x.transpose(1, 2), lambda x: x[..., ::3], lambda x: x.flip(1)]
 )
@@ -50,7 +50,7 @@ def test_strided_inputs(view):
     assert_as_accurate(lambda x: ops.activate_and_pool(view(x), (2, 3)), [tokens((2, 6, 7, 30))])
 
 
-@needs_compiler
+@on_devices
 def test_expanded_gradient():
     x = tokens((2, 6, 7, 20))
     grads = []
@@ -60,8 +60,8 @@ def test_expanded_gradient():
     torch.testing.assert_close(*grads)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.foveal.activate_and_pool, (tokens((2, 4, 5, 6), dtype), [2, 3], "gelu"))
 
@@ -80,7 +80,7 @@ def test_runs_repeat_bit_for_bit_over_thread_counts():
         assert a.equal(c)
 
 
-@needs_compiler
+@on_devices
 def test_compiles_as_one_graph_for_all_sizes():
     torch._dynamo.reset()
     graphs = []

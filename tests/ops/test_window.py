@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveal import ops
-from tests.ops.helpers import assert_as_accurate, needs_compiler, poisoned_memory, results
+from tests.ops.helpers import DTYPES, assert_as_accurate, needs_compiler, on_devices, poisoned_memory, results
 
 # B, H, W, heads, d, k: cells, maps smaller than the window, tiles short of a vector and past it, no image
 SHAPES = [(1, 1, 1, 1, 8, 3), (2, 3, 2, 2, 10, 5), (2, 7, 20, 3, 24, 3), (1, 9, 33, 2, 40, 1), (1, 5, 6, 2, 7, 7)]
@@ -37,8 +37,8 @@ def test_reference_has_right_gradients(shape):
         assert torch.autograd.gradcheck(weighted(shape[-1]), (weights, v))
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_compiled_is_as_accurate_as_the_reference(shape, dtype):
     q, k, weights, v = operands(shape, dtype)
@@ -47,7 +47,7 @@ def test_compiled_is_as_accurate_as_the_reference(shape, dtype):
         assert_as_accurate(weighted(shape[-1]), [weights, v])
 
 
-@needs_compiler
+@on_devices
 def test_minus_infinity_outside_the_map():
     q, k, *_ = operands((2, 4, 18, 2, 8, 5))
     compiled, plain = (
@@ -56,7 +56,7 @@ def test_minus_infinity_outside_the_map():
     assert compiled.isinf().equal(plain.isinf())
 
 
-@needs_compiler
+@on_devices
 def test_a_softmax_over_the_window_differentiates():
     q, k, _, v = operands((2, 5, 6, 2, 12, 3))
 
@@ -66,7 +66,7 @@ def test_a_softmax_over_the_window_differentiates():
     assert_as_accurate(attention, [q, k, v])
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("wanted", range(4))
 def test_every_subset_of_gradients(wanted):
     q, k, weights, v = operands((2, 5, 6, 2, 12, 3))
@@ -75,7 +75,7 @@ def test_every_subset_of_gradients(wanted):
             assert_as_accurate(function, [x.detach().requires_grad_(bool(wanted >> i & 1)) for i, x in enumerate(pair)])
 
 
-@needs_compiler
+@on_devices
 @pytest.mark.parametrize("view", [lambda x: x[:, ::2, 1:], lambda x: x.transpose(1, 2), lambda x: x.flip(-1)])
 def test_strided_inputs_and_gradients(view):
     q, k, weights, v = operands((2, 6, 8, 2, 12, 3))
@@ -83,15 +83,15 @@ def test_strided_inputs_and_gradients(view):
     assert_as_accurate(lambda *x: weighted(3)(*map(view, x)).transpose(1, 3), [weights, v])
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_opcheck(dtype):
     q, k, weights, v = operands((2, 3, 4, 2, 6, 3), dtype)
     torch.library.opcheck(torch.ops.foveal.window_scores, (q, k, 3))
     torch.library.opcheck(torch.ops.foveal.window_sum, (weights, v, 3))
 
 
-@needs_compiler
+@on_devices
 def test_runs_repeat_bit_for_bit():
     q, k, weights, v = operands((3, 9, 20, 3, 24, 3))
     for function, pair in ((finite_scores(3), (q, k)), (weighted(3), (weights, v))):
@@ -99,7 +99,7 @@ def test_runs_repeat_bit_for_bit():
         assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
-@needs_compiler
+@on_devices
 def test_compiles_as_one_graph_for_all_sizes():
     torch._dynamo.reset()
     graphs = []
