@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import Grid, check_heads, check_map, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
 from foveal.ops._checks import check_choice
+from foveal.ops.reference import at_least_float32
 
 
 class LengthScaledCosineAttention(nn.Module):
@@ -88,7 +90,7 @@ class LengthScaledCosineAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
         grid = x.shape[1], x.shape[2]
-        q, k, v = rearrange(self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.num_heads).unbind(0)
+        q, k, v = self._heads(x)
         out = F.scaled_dot_product_attention(
             self._scaled_query(q, grid),
             _unit(k).to(v.dtype),
@@ -99,6 +101,21 @@ class LengthScaledCosineAttention(nn.Module):
         )
         out = rearrange(out, "b n (h w) d -> b h w (n d)", h=grid[0])
         return self.proj_drop(self.proj(out))
+
+    def attention_weights(self, x: Tensor) -> AttentionWeights:
+        """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
+        check_map(x, self.dim)
+        grid = x.shape[1], x.shape[2]
+        q, k, _ = self._heads(x)
+        logits = at_least_float32(self._scaled_query(q, grid)) @ _unit(k).mT
+        bias = self._bias(grid, logits.dtype)
+        weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+        pool = rearrange(weights, "b n (h w) (a c) -> b h w n a c", h=grid[0], a=grid[0])
+        return AttentionWeights(None, pool, None)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each ``(B, heads, H * W, d)``."""
+        return rearrange(self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.num_heads).unbind(0)
 
     def _scaled_query(self, q: Tensor, grid: Grid) -> Tensor:
         scale = temperature_scale(self.temperature)[:, None, None]
@@ -119,4 +136,4 @@ class LengthScaledCosineAttention(nn.Module):
 
 def _unit(x: Tensor) -> Tensor:
     """Vectors of unit length, in at least float32."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
+    return F.normalize(at_least_float32(x), dim=-1, eps=1e-12)

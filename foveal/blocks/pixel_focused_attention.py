@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks.activate_and_pool import ActivateAndPool
+from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import Grid, check_heads, check_map, check_positive, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
-from foveal.ops import PositionBias, aggregated_attention
+from foveal.ops import PositionBias, aggregated_attention, reference
 from foveal.ops._checks import check_choice, check_window_size
 
 
@@ -139,29 +141,47 @@ class PixelFocusedAttention(nn.Module):
         return self.pool_grid or (max(1, grid[0] // self.pool_ratio), max(1, grid[1] // self.pool_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
+        out = aggregated_attention(**self._operands(x), dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(out.flatten(3)))
+
+    def attention_weights(self, x: Tensor) -> AttentionWeights:
+        """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
+        operands = self._operands(x)
+        q, k_pool, bias = operands.pop("q"), operands["k_pool"], operands.pop("pool_bias")
+        table, rows, columns = (None, None, None) if bias is None else bias
+        del operands["v"], operands["v_pool"]
+        window, pool, positional, _ = reference.aggregated_attention_weights(
+            q, **operands, pool_bias=table, pool_rows=rows, pool_columns=columns
+        )
+        cells = self.window_size, self.window_size
+        if positional is not None:
+            inside = reference.inside_map((x.shape[1], x.shape[2]), self.window_size, x.device)
+            positional = (positional * inside[:, :, None]).unflatten(-1, cells)
+        return AttentionWeights(window.unflatten(-1, cells), pool.unflatten(-1, k_pool.shape[1:3]), positional)
+
+    def _operands(self, x: Tensor) -> dict[str, Any]:
+        """The arguments of the op."""
         check_map(x, self.dim)
         grid = x.shape[1], x.shape[2]
         key_grid = self.key_grid(grid)
         q, k, v = self._heads(self.qkv(x), 3)
         k_pool, v_pool = self._heads(self._pooled_kv(self.pool(x, key_grid)), 2)
-        out = aggregated_attention(
-            q,
-            k,
-            v,
-            k_pool,
-            v_pool,
-            window_size=self.window_size,
-            scale=self._scale(x),
-            length_scaled=self.length_scaled,
-            normalize=self.cosine,
-            query_embedding=self.query_embedding,
-            window_bias=self._window_bias(grid),
-            pool_bias=self._pool_bias(grid, key_grid),
-            positional_tokens=self.positional_tokens,
-            positional_bias=self.positional_bias,
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
-        return self.proj_drop(self.proj(out.flatten(3)))
+        return {
+            "q": q,
+            "k": k,
+            "v": v,
+            "k_pool": k_pool,
+            "v_pool": v_pool,
+            "window_size": self.window_size,
+            "scale": self._scale(x),
+            "length_scaled": self.length_scaled,
+            "normalize": self.cosine,
+            "query_embedding": self.query_embedding,
+            "window_bias": self._window_bias(grid),
+            "pool_bias": self._pool_bias(grid, key_grid),
+            "positional_tokens": self.positional_tokens,
+            "positional_bias": self.positional_bias,
+        }
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return x.unflatten(-1, (parts, self.num_heads, self.dim // self.num_heads)).unbind(3)

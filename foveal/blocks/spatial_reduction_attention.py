@@ -4,8 +4,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import check_heads, check_map, check_positive, check_probability
 from foveal.blocks.initialization import init_convolution, init_linear
+from foveal.ops.reference import at_least_float32
 
 
 class SpatialReductionAttention(nn.Module):
@@ -61,12 +63,24 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
         height = x.shape[1]
-        q = rearrange(self.q(x), "b h w (n d) -> b n (h w) d", n=self.num_heads)
-        k, v = rearrange(
-            self.kv(self._reduce(x)), "b h w (two n d) -> two b n (h w) d", two=2, n=self.num_heads
-        ).unbind(0)
+        q, k, v = self._heads(x, self._reduce(x))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=height)))
+
+    def attention_weights(self, x: Tensor) -> AttentionWeights:
+        """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
+        check_map(x, self.dim)
+        reduced = self._reduce(x)
+        q, k, _ = map(at_least_float32, self._heads(x, reduced))
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        pool = rearrange(weights, "b n (h w) (a c) -> b h w n a c", h=x.shape[1], a=reduced.shape[1])
+        return AttentionWeights(None, pool, None)
+
+    def _heads(self, x: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``(B, heads, H * W, d)`` of a map, keys and values of the reduced one."""
+        q = rearrange(self.q(x), "b h w (n d) -> b n (h w) d", n=self.num_heads)
+        k, v = rearrange(self.kv(reduced), "b h w (two n d) -> two b n (h w) d", two=2, n=self.num_heads).unbind(0)
+        return q, k, v
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.sr is None or self.norm is None:

@@ -4,6 +4,7 @@ Sizes: B images, an H x W map, heads of d channels, an Hp x Wp pooled map, a k x
 float32 and returned in their own type; float64 stays float64.
 """
 
+import math
 from collections.abc import Callable
 from functools import wraps
 
@@ -79,17 +80,30 @@ def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
 
 
 def aggregated_attention(q: Tensor, *args, **kwargs) -> Tensor:
-    """Window and pooled keys in one softmax (equations 1-5 and 10-14); see :func:`aggregated_attention_with_lse`."""
+    """Window and pooled keys in one softmax (equations 1-5 and 10-14); see :func:`aggregated_attention_weights`."""
     return aggregated_attention_with_lse(q, *args, **kwargs)[0]
 
 
 @_without_autocast
 def aggregated_attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, *parameters_and_options
+) -> tuple[Tensor, Tensor]:
+    """The attention's output ``(B, H, W, heads, d)`` and the log-sum-exp of its logits ``(B, H, W, heads)``.
+
+    ``parameters_and_options`` are those of :func:`aggregated_attention_weights`.
+    """
+    near, far, positional, lse = aggregated_attention_weights(q, k, k_pool, *parameters_and_options)
+    v, v_pool = at_least_float32(v), at_least_float32(v_pool)
+    near = near if positional is None else near + positional
+    out = window_sum(near, v, math.isqrt(near.shape[-1])) + torch.einsum("bhwnp,bpnd->bhwnd", far, v_pool.flatten(1, 2))
+    return out.to(q.dtype), lse
+
+
+@_without_autocast
+def aggregated_attention_weights(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     k_pool: Tensor,
-    v_pool: Tensor,
     scale: Tensor,
     query_embedding: Tensor | None,
     window_bias: Tensor | None,
@@ -102,10 +116,15 @@ def aggregated_attention_with_lse(
     length_scaled: bool,
     normalize: bool,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The attention's output ``(B, H, W, heads, d)`` and the log-sum-exp of its logits ``(B, H, W, heads)``."""
-    result_dtype = q.dtype
-    q, k, v, k_pool, v_pool, scale = map(at_least_float32, (q, k, v, k_pool, v_pool, scale))
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What the values are multiplied with.
+
+    Returns:
+        the softmax's weights of the window ``(B, H, W, heads, k * k)`` and of the pooled map
+        ``(B, H, W, heads, Hp * Wp)``; what positional attention adds to the window's, None without it; the log-sum-exp
+        of the logits ``(B, H, W, heads)``.
+    """
+    q, k, k_pool, scale = map(at_least_float32, (q, k, k_pool, scale))
     grid = q.shape[1], q.shape[2]
     if normalize:
         q, k, k_pool = (F.normalize(x, dim=-1, eps=1e-12) for x in (q, k, k_pool))
@@ -126,12 +145,12 @@ def aggregated_attention_with_lse(
     logits = torch.cat([near, far], dim=-1)
     weights = F.dropout(logits.softmax(dim=-1), dropout_p) if dropout_p else logits.softmax(dim=-1)
     near, far = weights.split([near.shape[-1], far.shape[-1]], dim=-1)
+    positional = None
     if positional_tokens is not None:
-        near = near + torch.einsum("bhwnd,ndc->bhwnc", q, positional_tokens.to(q.dtype))
+        positional = torch.einsum("bhwnd,ndc->bhwnc", q, positional_tokens.to(q.dtype))
     if positional_bias is not None:
-        near = near + positional_bias
-    out = window_sum(near, v, window_size) + torch.einsum("bhwnp,bpnd->bhwnd", far, v_pool.flatten(1, 2))
-    return out.to(result_dtype), logits.logsumexp(dim=-1)
+        positional = positional_bias.expand(near.shape) if positional is None else positional + positional_bias
+    return near, far, positional, logits.logsumexp(dim=-1)
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
