@@ -1,12 +1,13 @@
 """The effective receptive field: which pixels the centre of a feature map really depends on."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from foveal.analysis._evaluating import evaluating
 
 
 def effective_receptive_field(
@@ -37,7 +38,7 @@ def effective_receptive_field(
     """
     total, count = torch.zeros(()), 0
     signs = torch.Generator().manual_seed(seed)
-    with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         for batch in (images,) if isinstance(images, Tensor) else images:
             pixels = batch.detach().clone().requires_grad_()
             features = _stage_map(model, pixels, stage)
@@ -52,44 +53,46 @@ def effective_receptive_field(
     return (total / count).sqrt()
 
 
-def draw_receptive_fields(fields: Mapping[str, Tensor], path: str | Path) -> None:
+def draw_receptive_fields(fields: Mapping[str, Tensor | Mapping[str, Tensor]], path: str | Path) -> None:
     """Write a PNG with one panel for each receptive field, every one relative to its own largest value.
 
-    The colours are logarithmic over three decades, as most of a field is faint; what is fainter, or zero, is drawn in
-    the colour of the lower end. Needs matplotlib.
+    All panels have one colour scale, logarithmic over three decades, as most of a field is faint; what is fainter, or
+    zero, is drawn in the colour of the lower end. Needs matplotlib.
 
     Args:
-        fields: fields ``(H, W)`` by the title of their panel.
+        fields: fields ``(H, W)`` by the title of their panel, side by side; or such mappings by the name of a model,
+            one below the other.
         path: the file to write.
+
+    Example:
+        >>> fields = {
+        ...     name: {f"stage {s}": effective_receptive_field(net, images, stage=s) for s in range(4)}
+        ...     for name, net in nets.items()
+        ... }
+        >>> draw_receptive_fields(fields, "receptive_fields.png")
     """
-    if not fields:
-        raise ValueError("fields must hold at least one receptive field, got none")
+    one_row = any(isinstance(field, Tensor) for field in fields.values())
+    rows = cast(Mapping[str, Mapping[str, Tensor]], {"": fields} if one_row else fields)
+    if not fields or not all(rows.values()):
+        raise ValueError("fields must hold at least one receptive field, for every model, got none")
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     norm = LogNorm(1e-3, 1, clip=True)
-    figure = Figure(figsize=(3.1 * len(fields) + 1, 3.5), layout="constrained")
-    panels = figure.subplots(1, len(fields), squeeze=False)[0]
-    for panel, (title, field) in zip(panels, fields.items(), strict=True):
-        relative = field.detach().float().cpu() / max(field.max().item(), torch.finfo(torch.float32).tiny)
-        shown = panel.imshow(relative.clamp(min=norm.vmin).numpy(), norm=norm, cmap="magma")
-        panel.set(title=title, xlabel="column (pixels)")
-    panels[0].set_ylabel("row (pixels)")
+    width = max(map(len, rows.values()))
+    figure = Figure(figsize=(3.1 * width + 1, 2.9 * len(rows) + 0.6), layout="constrained")
+    grid = figure.subplots(len(rows), width, squeeze=False)
+    for (name, row), panels in zip(rows.items(), grid, strict=True):
+        for panel, (title, field) in zip(panels, row.items(), strict=False):
+            relative = field.detach().float().cpu() / max(field.max().item(), torch.finfo(torch.float32).tiny)
+            shown = panel.imshow(relative.clamp(min=norm.vmin).numpy(), norm=norm, cmap="magma")
+            panel.set(title=title, xlabel="column (pixels)")
+        panels[0].set_ylabel(f"{name}\nrow (pixels)".lstrip())
+        for panel in panels[len(row) :]:
+            panel.set_axis_off()
     figure.suptitle("Effective receptive field of the centre feature")
-    figure.colorbar(shown, ax=list(panels), label="root mean square gradient,\nrelative to the largest", extend="min")
+    figure.colorbar(shown, ax=grid, label="root mean square gradient,\nrelative to the largest", extend="min")
     figure.savefig(path, dpi=120)
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Eval mode, and afterwards every module's own training flag again."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def _stage_map(model: Any, images: Tensor, stage: int) -> Tensor:
