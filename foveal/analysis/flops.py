@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from foveal.analysis.receptive_field import _evaluating
+from foveal.analysis._evaluating import evaluating
 from foveal.ops import backend
 
 _Formula = Callable[..., int]
@@ -46,7 +46,7 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 def _count(model: nn.Module, images: Tensor, formulas: Mapping[Any, _Formula]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas))
-    with _evaluating(model), counter, torch.no_grad():
+    with evaluating(model), counter, torch.no_grad():
         model(images)
     return counter.get_total_flops()
 
