@@ -28,7 +28,9 @@ def run(name: str, *args, code: int = 0) -> tuple[str, str]:
 
 
 def load(name: str) -> ModuleType:
-    """An example as a module, to call its functions."""
+    """An example as a module, to call its functions. It finds what lies beside it, as when it is run."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,0 +1,1 @@
+"""The parts of evaluate.py: models with options, data sets, costs, results."""
