@@ -15,6 +15,8 @@ from benchmarks import measure, models, operations
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--level", choices=("all", "op", "model"), default="all", help="which tables (default: all)")
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=here, help="one device (default: the CPU and, where there is one, the GPU)")
     parser.add_argument("--variant", default="transnext_tiny", help="the variant at model level (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds of each table (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
@@ -28,24 +30,30 @@ def main() -> None:
     torch.set_num_threads(given.threads)
 
     report: dict = {"machine": measure.machine("cpu"), "rounds": given.rounds, "rows": []}
+    if torch.cuda.is_available():
+        report["machine"]["gpu"] = torch.cuda.get_device_name()
     print("  ".join(f"{name} {value}" for name, value in report["machine"].items()), flush=True)
-    if given.level in ("all", "op"):
-        report["rows"] += _op_level(given)
-    if given.level in ("all", "model"):
-        report["rows"] += _model_level(given)
+    for device in [given.device] if given.device else here:
+        if given.level in ("all", "op"):
+            report["rows"] += _op_level(given, device)
+        if given.level in ("all", "model"):
+            report["rows"] += _model_level(given, device)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {given.output}")
 
 
-def _op_level(given: argparse.Namespace) -> list[dict]:
-    print(f"\n{'op':<22}{'stage':<24}{'mode':<10}{'dtype':<10}{'ms':>9}{'reference':>11}{'ratio':>7}{'copies':>8}")
+def _op_level(given: argparse.Namespace, device: str) -> list[dict]:
+    print(f"\n{device}")
+    print(f"{'op':<22}{'stage':<24}{'mode':<10}{'dtype':<10}{'ms':>9}{'reference':>11}{'ratio':>7}{'copies':>8}")
     rows = []
     for stage in operations.STAGES[2:3] if given.quick else operations.STAGES:
         for dtype in ("float32", "bfloat16"):
             for training in (False, True):
-                batch = 1 if "800" in stage.name else 8
-                for row in operations.run(stage, batch=batch, dtype=dtype, training=training, rounds=given.rounds):
+                batch = (1 if "800" in stage.name else 8) * (1 if device == "cpu" or given.quick else 16)
+                for row in operations.run(
+                    stage, batch=batch, dtype=dtype, device=device, training=training, rounds=given.rounds
+                ):
                     rows.append(row)
                     mode = "training" if training else "forward"
                     print(
@@ -57,9 +65,9 @@ def _op_level(given: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def _model_level(given: argparse.Namespace) -> list[dict]:
+def _model_level(given: argparse.Namespace, device: str) -> list[dict]:
     rows = []
-    for case in models.cpu_cases(given.variant, given.quick):
+    for case in models.cases(given.variant, device, given.quick):
         if given.only not in case.title:
             continue
         print(f"\n{case.title}")

@@ -65,9 +65,11 @@ class LinearFloor(nn.Module):
 
 
 def build(name: str, x: Tensor) -> nn.Module:
-    """A contender by name, on the device and in the dtype of its input."""
+    """A contender by name, on the device and in the dtype of its input; ``compiled foveal:...`` by torch.compile."""
     size, dd = tuple(x.shape[-2:]), {"device": x.device, "dtype": x.dtype}
-    kind, _, variant = name.partition(":")
+    kind, _, variant = name.removeprefix("graphed ").partition(":")
+    if kind.startswith("compiled "):
+        return torch.compile(build(name.removeprefix("compiled "), x))
     if kind in ("foveal", "reference"):
         model = timm.create_model(variant, img_size=size, pretrain_size=224)
         return _OnBackend(model, "auto" if kind == "foveal" else "reference").to(**dd)
@@ -82,12 +84,28 @@ def build(name: str, x: Tensor) -> nn.Module:
     raise ValueError(f"unknown contender {name!r}")
 
 
-def available(variant: str, *, peers: bool) -> list[str]:
-    """The names of the contenders that can be built here."""
+def available(variant: str, *, peers: bool, device: str = "cpu") -> list[str]:
+    """The names of the contenders that can be built here. On a GPU, compiled and as replayed CUDA graphs too."""
     names = [f"foveal:{variant}", f"reference:{variant}", f"linear layers:{variant}"]
+    if device != "cpu":
+        names += [f"{mode} foveal:{variant}" for mode in ("compiled", "graphed")] + [f"compiled reference:{variant}"]
     if peers and importlib.util.find_spec("birder"):
         names.append(f"birder:{variant}")
-    return names + [f"timm:{name}" for name in TIMM_PEERS if peers]
+    names += [f"timm:{name}" for name in TIMM_PEERS if peers]
+    return [*names, "compiled timm:convnext_tiny"] if peers and device != "cpu" else names
+
+
+def graphed(step: Callable[[], object]) -> Callable[[], None]:
+    """A step captured in a CUDA graph: replaying it launches all of its kernels at once."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def step(model: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:

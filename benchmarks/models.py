@@ -2,15 +2,15 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from benchmarks import measure
-from benchmarks.contenders import available, build, step
+from benchmarks.contenders import available, build, graphed, step
 
-_ANY_SIZE = ("foveal", "reference", "linear layers", "birder", "timm:convnext", "timm:pvt")
+_ONE_SIZE = ("timm:swin", "timm:maxvit")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Case:
     @property
     def title(self) -> str:
         mode = "forward + backward" if self.training else "inference"
-        return f"{self.variant}, {mode}, {self.dtype}, batch {self.batch}, {self.size[0]} x {self.size[1]}"
+        place = "" if self.device == "cpu" else f", {self.device}"
+        return f"{self.variant}, {mode}, {self.dtype}, batch {self.batch}, {self.size[0]} x {self.size[1]}{place}"
 
     def images(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -35,9 +36,13 @@ class Case:
         return images.to(self.device, getattr(torch, self.dtype))
 
 
-def cpu_cases(variant: str, quick: bool) -> list[Case]:
+def cases(variant: str, device: str, quick: bool) -> list[Case]:
     if quick:
-        return [Case(variant, batch=2, size=(64, 64), training=training) for training in (False, True)]
+        return [Case(variant, 2, (64, 64), training=training, device=device) for training in (False, True)]
+    return _cpu_cases(variant) if device == "cpu" else _gpu_cases(variant, device)
+
+
+def _cpu_cases(variant: str) -> list[Case]:
     return [
         Case(variant),
         Case(variant, training=True),
@@ -50,15 +55,26 @@ def cpu_cases(variant: str, quick: bool) -> list[Case]:
     ]
 
 
+def _gpu_cases(variant: str, device: str) -> list[Case]:
+    settings = [
+        (256, (224, 224), "bfloat16"),
+        (256, (224, 224), "float32"),
+        (64, (384, 384), "bfloat16"),
+        (4, (800, 1333), "bfloat16"),
+        (1, (224, 224), "bfloat16"),
+    ]
+    return [Case(variant, *setting, training, device) for setting in settings for training in (False, True)]
+
+
 def run(case: Case, *, rounds: int, peers: bool, memory: bool = True) -> list[dict]:
     """Measure all contenders of a case: a row each, the losing ones too."""
-    names = available(case.variant, peers=peers)
-    if case.size[0] != 224 or case.size[1] != 224:
-        names = [name for name in names if name.startswith(_ANY_SIZE)]
+    names = available(case.variant, peers=peers, device=case.device)
+    if case.size != (224, 224):
+        names = [name for name in names if not name.startswith(_ONE_SIZE)]
     x, steps, failures = case.images(), {}, {}
     for name in names:
         try:
-            steps[name] = step(build(name, x), x, case.training)
+            steps[name] = _step(name, x, case.training)
             steps[name]()
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -79,10 +95,15 @@ def run(case: Case, *, rounds: int, peers: bool, memory: bool = True) -> list[di
             "foveal_is_times": timings[f"foveal:{case.variant}"].ratio_to(timing),
             "seconds": timing.seconds,
         }
-        if memory and not name.startswith("linear"):
+        if memory and not name.startswith(("linear", "graphed")):
             row["peak_bytes"] = _peak_memory(case, name)
         rows.append(row)
     return rows
+
+
+def _step(name: str, x: torch.Tensor, training: bool) -> Callable[[], object]:
+    one_step = step(build(name, x), x, training)
+    return graphed(one_step) if name.startswith("graphed ") else one_step
 
 
 def _peak_memory(case: Case, name: str) -> int:

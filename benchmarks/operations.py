@@ -103,7 +103,7 @@ def run(
         for backend in ("auto", "reference"):
             steps[backend] = _step(operation, backend, training)
         mode = "forward + backward" if training else "forward"
-        title = f"{operation.name}, {mode}, {dtype}, batch {batch}, {stage.name}"
+        title = f"{operation.name}, {mode}, {dtype}, batch {batch}, {stage.name}, {device}"
         timings = measure.paired(steps, rounds=rounds, device=device, title=title)
         rows.append(
             {
@@ -111,6 +111,8 @@ def run(
                 "title": title,
                 "name": operation.name,
                 "stage": stage.name,
+                "device": device,
+                "batch": batch,
                 "dtype": dtype,
                 "training": training,
                 "milliseconds": 1e3 * timings["auto"].median,
