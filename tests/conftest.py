@@ -1,5 +1,7 @@
 """What every test gets: fixed seeds, and a choice between the daily run and the full one."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: too long for every day; run with --slow")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of pytest -n's workers, whose threads share the cores
 
 
 def pytest_collection_modifyitems(config, items):
