@@ -99,6 +99,10 @@ class LengthScaledCosineAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             scale=1.0,
         )
+        if (
+            torch.compiler.is_exporting()
+        ):  # strides differ from kernel to kernel, and an exported view must hold for all
+            out = out.clone(memory_format=torch.contiguous_format)
         out = rearrange(out, "b n (h w) d -> b h w (n d)", h=grid[0])
         return self.proj_drop(self.proj(out))
 

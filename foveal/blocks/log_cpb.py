@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from foveal.blocks.caching import WeightedCache, cached_by_size
 from foveal.blocks.checks import Grid, check_positive
 from foveal.blocks.initialization import init_linear
+from foveal.blocks.replaced import may_take_apart
 from foveal.ops import PositionBias, log_cpb_table, reference
 
 _RANGE = 8.0  # relative coordinates are stretched to [-8, 8] at the pre-training size, then log-compressed to [-1, 1]
@@ -73,7 +74,7 @@ class LogCPB(nn.Module):
     def window(self, window_size: int, pretrain_grid: Grid) -> Tensor:
         """The bias of the cells of a sliding window, row-major: ``(heads, k * k)``."""
         radius = window_size // 2
-        offsets = torch.arange(-radius, radius + 1, device=self.fc1.weight.device, dtype=torch.float32)
+        offsets = torch.arange(-radius, radius + 1, device=self._like.device, dtype=torch.float32)
         return self._table(offsets, offsets, pretrain_grid).flatten(1)
 
     def _bias(self, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid) -> PositionBias:
@@ -81,18 +82,26 @@ class LogCPB(nn.Module):
         return PositionBias(self._table(rows, columns, pretrain_grid), row_index, column_index)
 
     def _offsets(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-        weight = self.fc1.weight.detach()
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return torch.ops.foveal.relative_offsets(weight, queries, keys)
-        return relative_offsets(queries, keys, weight.device)
+            return torch.ops.foveal.relative_offsets(self._like, queries, keys)
+        return relative_offsets(queries, keys, self._like.device)
 
     def _table(self, rows: Tensor, columns: Tensor, pretrain_grid: Grid) -> Tensor:
-        dtype = torch.promote_types(self.fc1.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self._like.dtype, torch.float32)
         rows, columns = (
             log_spaced(offsets.to(dtype), length)
             for offsets, length in zip((rows, columns), pretrain_grid, strict=True)
         )
+        if not (may_take_apart(self.fc1) and may_take_apart(self.fc2)):
+            pairs = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+            return self.fc2(self.fc1(pairs).relu()).permute(2, 0, 1)
         return log_cpb_table(rows, columns, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor on the device and of the dtype of the weights; a quantised layer may hide its own."""
+        weight = self.fc1.weight
+        return weight.detach() if isinstance(weight, Tensor) else torch.empty(0)
 
     def _apply(self, fn, recurse=True):
         self._cache.clear()

@@ -14,6 +14,7 @@ from foveal.blocks.checks import Grid, check_heads, check_map, check_positive, c
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
+from foveal.blocks.replaced import may_take_apart
 from foveal.ops import PositionBias, aggregated_attention, reference
 from foveal.ops._checks import check_choice, check_window_size
 
@@ -188,7 +189,7 @@ class PixelFocusedAttention(nn.Module):
 
     def _pooled_kv(self, pooled: Tensor) -> Tensor:
         """Keys and values of the pooled map, from the last two thirds of the rows of the projection."""
-        if type(self.qkv) is not nn.Linear:  # quantised or adapted in place: its rows cannot be taken apart
+        if not may_take_apart(self.qkv):
             return self.qkv(pooled)[..., self.dim :]
         bias = None if self.qkv.bias is None else self.qkv.bias[self.dim :]
         return F.linear(pooled, self.qkv.weight[self.dim :], bias)

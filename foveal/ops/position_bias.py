@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Grid = tuple[int, int]
 
@@ -56,7 +57,10 @@ class PositionBias(NamedTuple):
 
     def interpolate(self, query_grid: Grid, key_grid: Grid) -> "PositionBias":
         """Resample bilinearly to other grids, first over the keys, then over the queries. The result is dense."""
-        if query_grid == self.query_grid and key_grid == self.key_grid:
+        same = zip((*query_grid, *key_grid), (*self.query_grid, *self.key_grid), strict=True)
+        if all(
+            statically_known_true(wanted == has) for wanted, has in same
+        ):  # no guard on sizes that an export leaves open
             return self
         bias = self.dense().unflatten(2, self.key_grid)
         bias = F.interpolate(bias, key_grid, mode="bilinear", align_corners=False)

@@ -6,7 +6,7 @@ float32 and returned in their own type; float64 stays float64.
 
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import reduce, wraps
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +42,18 @@ def _without_autocast(function: Callable) -> Callable:
     return wrapper
 
 
-def windows(x: Tensor, window_size: int) -> Tensor:
-    """The k * k cells around every cell, row-major, zeros outside the map: ``(B, H, W, *) -> (B, H, W, *, k * k)``."""
+def shifted(x: Tensor, window_size: int) -> list[Tensor]:
+    """``(B, H, W, *)`` as each cell of the window sees it: k * k maps of that shape, row-major, zeros from outside."""
     height, width = x.shape[1:3]
     radius = window_size // 2
     padded = F.pad(x, (0, 0) * (x.dim() - 3) + (radius,) * 4)
     offsets = [(i, j) for i in range(window_size) for j in range(window_size)]
-    return torch.stack([padded[:, i : i + height, j : j + width] for i, j in offsets], dim=-1)
+    return [padded[:, i : i + height, j : j + width] for i, j in offsets]
+
+
+def windows(x: Tensor, window_size: int) -> Tensor:
+    """The k * k cells around every cell, row-major, zeros outside the map: ``(B, H, W, *) -> (B, H, W, *, k * k)``."""
+    return torch.stack(shifted(x, window_size), dim=-1)
 
 
 def inside_map(grid: Grid, window_size: int, device: torch.device) -> Tensor:
@@ -64,7 +69,10 @@ def inside_map(grid: Grid, window_size: int, device: torch.device) -> Tensor:
 def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     """``q . k`` over the sliding window: ``(B, H, W, heads, d)`` twice to ``(B, H, W, heads, k * k)``, -inf outside."""
     query, key = at_least_float32(q), at_least_float32(k)
-    scores = (query.unsqueeze(-2) @ windows(key, window_size)).squeeze(-2)
+    if torch.compiler.is_exporting():  # sums that a compiler fuses, not a product of tiny matrices for every cell
+        scores = torch.stack([(query * near).sum(-1) for near in shifted(key, window_size)], dim=-1)
+    else:
+        scores = (query.unsqueeze(-2) @ windows(key, window_size)).squeeze(-2)
     inside = inside_map((q.shape[1], q.shape[2]), window_size, q.device)
     return scores.masked_fill(~inside[:, :, None], float("-inf")).to(q.dtype)
 
@@ -76,6 +84,9 @@ def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
     Cells outside the map hold zeros, so their weights add nothing.
     """
     weight, value = at_least_float32(weights), at_least_float32(v)
+    if torch.compiler.is_exporting():
+        terms = (weight[..., i : i + 1] * near for i, near in enumerate(shifted(value, window_size)))
+        return reduce(torch.add, terms).to(v.dtype)
     return (windows(value, window_size) @ weight.unsqueeze(-1)).squeeze(-1).to(v.dtype)
 
 
@@ -171,8 +182,26 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "g
 @_without_autocast
 def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""
-    activated = ACTIVATIONS[act](at_least_float32(x)).permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(activated, (grid[0], grid[1])).permute(0, 2, 3, 1).to(x.dtype)
+    activated = ACTIVATIONS[act](at_least_float32(x))
+    if torch.compiler.is_exporting():  # other runtimes pool a map of unknown size no other way
+        rows, columns = (averages(x.shape[1 + i], grid[i], activated) for i in (0, 1))
+        return torch.einsum("ah,bhwc,ew->baec", rows, activated, columns).to(x.dtype)
+    pooled = F.adaptive_avg_pool2d(activated.permute(0, 3, 1, 2), (grid[0], grid[1]))
+    return pooled.permute(0, 2, 3, 1).to(x.dtype)
+
+
+def pooling_bins(cells: int, bins: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the last cell of every bin of adaptive pooling along one axis: ``(bins,)`` each, int64."""
+    index = torch.arange(bins, device=device)
+    return index * cells // bins, ((index + 1) * cells + bins - 1) // bins - 1
+
+
+def averages(cells: int, bins: int, like: Tensor) -> Tensor:
+    """Adaptive average pooling along one axis as a matrix ``(bins, cells)``, in the dtype and on the device of like."""
+    first, last = pooling_bins(cells, bins, like.device)
+    cell = torch.arange(cells, device=like.device)
+    inside = (cell >= first[:, None]) & (cell <= last[:, None])
+    return inside.to(like.dtype) / (last - first + 1)[:, None]
 
 
 @_without_autocast
@@ -194,10 +223,14 @@ def relative_offsets(queries: int, keys: int, device: torch.device) -> tuple[Ten
     Returns:
         offsets ``(T,)`` in cells, float32, ascending by 1 or 1/2; index ``(H, Hp)`` into them, int64.
     """
-    key = torch.arange(keys, device=device)
-    first = key * queries // keys
-    last = ((key + 1) * queries + keys - 1) // keys - 1
+    first, last = pooling_bins(queries, keys, device)
     twice = 2 * torch.arange(queries, device=device)[:, None] - (first + last)
+    if not (isinstance(queries, int) and isinstance(keys, int)):  # sizes left open by an export: leave it to the graph
+        lowest = twice[0, -1]
+        step = 2 - ((twice - lowest) % 2).amax((0, 1))
+        index = (twice - lowest) // step
+        offsets = torch.arange(index[-1, 0].item() + 1, device=device) * step + lowest
+        return offsets.float() / 2, index
     lowest, highest, step = offset_range(queries, keys)
     offsets = torch.arange(lowest, highest + 1, step, device=device, dtype=torch.float32) / 2
     return offsets, (twice - lowest) // step
