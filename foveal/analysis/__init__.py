@@ -1,4 +1,4 @@
-"""Looking into models: effective receptive fields, attention maps, and what they cost, as a whole and block by block."""
+"""Looking into models: effective receptive fields, attention maps, and what they cost, whole and block by block."""
 
 from foveal.analysis import complexity
 from foveal.analysis.attention_maps import AttentionWeights, attention_blocks, attention_map, attention_weights
