@@ -65,6 +65,13 @@ def test_gate_activations(act, channels):
     assert_emulated_is_accurate(gate.gate(act), [(4 * x).detach().requires_grad_(), weight, bias], GATE)
 
 
+@pytest.mark.parametrize("act", gate.ACTS)
+def test_infinities_and_nan_pass_through_the_activation(act):
+    with emulated() as ran:
+        gate.test_infinities_and_nan_pass_through_the_activation(act)
+    assert ran == {"depthwise_gate"}
+
+
 @pytest.mark.parametrize("channels", [20, 21])
 @pytest.mark.parametrize("wanted", range(8))
 def test_gate_subsets_of_gradients(wanted, channels):

@@ -187,12 +187,14 @@ gate_backward(GateShape shape, Act act, Strips strips, const T* grad, MapStrides
 // The sums over the parts, in their order. Null results are not wanted.
 __global__ void FOVEAL_OCCUPANCY(threads, 8)
 gate_add_parts(int64_t parts, int64_t taps, int64_t channels, const float* partial, float* grad_weight, float* grad_bias) {
-  const int64_t tap = blockIdx.y, c = int64_t(blockIdx.x) * threads + threadIdx.x;
-  float* const to = tap < taps ? grad_weight : grad_bias;
-  if (to == nullptr || c >= channels) return;
-  float sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += partial[(part * (taps + 1) + tap) * channels + c];
-  to[tap < taps ? c * taps + tap : c] = sum;
+  const int64_t c = int64_t(blockIdx.x) * threads + threadIdx.x;
+  for (int64_t tap = blockIdx.y; tap <= taps && c < channels; tap += gridDim.y) {
+    float* const to = tap < taps ? grad_weight : grad_bias;
+    if (to == nullptr) continue;
+    float sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += partial[(part * (taps + 1) + tap) * channels + c];
+    to[tap < taps ? c * taps + tap : c] = sum;
+  }
 }
 
 // Rows are cut where that keeps a GPU busy; a strip also reads the rows above and below.
@@ -325,7 +327,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     }
   });
   if (want_parameters) {
-    call.device.launch(gate_add_parts, {unsigned(ceil_div(channels, threads)), unsigned(taps + 1)}, threads, 0, parts, taps,
+    call.device.launch(gate_add_parts, {unsigned(ceil_div(channels, threads)), clamped(taps + 1)}, threads, 0, parts, taps,
                        channels, data<float>(partial), want_weight ? mutable_data<float>(grad_weight) : nullptr,
                        want_bias ? mutable_data<float>(grad_bias) : nullptr);
   }
