@@ -217,6 +217,8 @@ def test_a_late_refusal_leaves_no_trace():
         foveal.swap(model, {MLPS: ConvGLU, "head": ConvGLU})
     assert list(model.named_modules()) == modules
     assert not any(module._forward_hooks for module in model.modules())
+    foveal.swap(model, {MLPS: ConvGLU})
+    assert len(model.patch_embed._forward_hooks) == 1, "one grid for all"
     swin = HOSTS["Swin"].build()
     with pytest.raises(ValueError, match="'norm1'"):
         foveal.swap(swin, {"layers.*.blocks.*.attn": AggregatedAttention, "layers.*.blocks.*.norm1": ConvGLU})

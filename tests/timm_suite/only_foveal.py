@@ -7,14 +7,16 @@ import timm
 
 import foveal  # noqa: F401 - registers the models
 
-_MODULE = "transnext"
-_NAMES = set(timm.list_models(module=_MODULE))
+_MODULES = ("hybrids", "transnext")
 _list_models = timm.list_models
 
 
 def _list_our_models(filter="", module="", **kwargs) -> list[str]:
     """Ours, also where a list is asked for by the names of timm's modules."""
-    return _list_models(filter, _MODULE, **kwargs)
+    return [name for module in _MODULES for name in _list_models(filter, module, **kwargs)]
+
+
+_NAMES = set(_list_our_models())
 
 
 def _list_our_pretrained(filter="", exclude_filters="") -> list[str]:
