@@ -21,17 +21,27 @@ _PROBE = 56, 112  # the grid on which a block shows what shape it returns; windo
 
 @dataclass(frozen=True)
 class Replacement:
-    """A module that was replaced: its name, what it was and is, and the parameters of both."""
+    """A module that was replaced: its name, what it was and is, and the parameters of both.
+
+    ``no_weight_decay`` holds the names of new parameters that the paper's recipe exempts from weight decay, besides
+    norms and biases.
+    """
 
     name: str
     old: str
     new: str
     parameters_before: int
     parameters_after: int
+    no_weight_decay: frozenset[str]
 
 
 class Replacements(tuple[Replacement, ...]):
     """What :func:`swap` replaced; prints as a table."""
+
+    @property
+    def no_weight_decay(self) -> set[str]:
+        """The names of new parameters that should not decay, to be added to the host's own ``no_weight_decay()``."""
+        return {name for replacement in self for name in replacement.no_weight_decay}
 
     def __repr__(self) -> str:
         rows = [(r.name, f"{r.old} -> {r.new}", f"{r.parameters_before:,} -> {r.parameters_after:,}") for r in self]
@@ -152,4 +162,9 @@ def _check_shape(block: nn.Module, dim: int, out_dim: int, device: Any, dtype: A
 def _describe(site: Site, new: nn.Module) -> Replacement:
     name = f"{type(new.block).__name__} in {type(new).__name__}" if isinstance(new, Adapter) else type(new).__name__
     before, after = (sum(p.numel() for p in module.parameters()) for module in (site.module, new))
-    return Replacement(site.name, type(site.module).__name__, name, before, after)
+    exempt = frozenset(
+        f"{prefix}.{parameter}"
+        for prefix, module in new.named_modules(prefix=site.name)
+        for parameter in getattr(module, "no_weight_decay", set)()
+    )
+    return Replacement(site.name, type(site.module).__name__, name, before, after, exempt)

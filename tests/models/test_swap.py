@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from timm.models.convnext import ConvNeXtBlock
+from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -150,6 +151,18 @@ def test_initialised_again(name):
     assert all(p.isfinite().all() for p in model.blocks.parameters() if p.dim() > 1)
     stds = [block.mlp.fc2.weight.detach().std() for block in model.blocks]
     assert_near(stds[0] / stds[2], torch.tensor(3.0).sqrt(), tol=0.2)
+
+
+def test_tells_what_should_not_decay():
+    model = HOSTS["Swin"].build()
+    replaced = foveal.swap(model, {"layers.0.*.*.attn": AggregatedAttention, "layers.*.blocks.*.mlp": ConvGLU})
+    names = {"temperature", "query_embedding", "window_bias"}
+    names |= {f"log_cpb.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    assert replaced.no_weight_decay == {f"layers.0.blocks.{i}.attn.{name}" for i in (0, 1) for name in names}
+    groups = param_groups_weight_decay(model, 0.1, model.no_weight_decay() | replaced.no_weight_decay)
+    decayed = {id(p) for p in groups[1]["params"]}
+    assert not any(id(model.get_parameter(name)) in decayed for name in replaced.no_weight_decay)
+    assert id(model.layers[0].blocks[0].attn.positional_tokens) in decayed
 
 
 # What it refuses.

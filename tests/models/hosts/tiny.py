@@ -73,6 +73,7 @@ HOSTS = {
     "ViT, class token": _vit("vit_tiny_patch16_224", size=(32, 32)),
     "ViT, registers, any size": _vit("vit_tiny_patch16_224", reg_tokens=4),
     "ViT, no prefix tokens": _vit("vit_tiny_patch16_224", mixer="blocks.*.attn", class_token=False, global_pool="avg"),
+    "DeiT, distilled": _vit("deit_tiny_distilled_patch16_224"),
     "EVA-02": _vit("eva02_tiny_patch14_224", size=(32, 32)),
     "DINOv3": _vit("vit_small_patch16_dinov3"),
     "SAM": _vit("samvit_base_patch16_224", size=(32, 32), global_attn_indexes=(1,), window_size=2),
