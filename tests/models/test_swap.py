@@ -159,7 +159,8 @@ def test_tells_what_should_not_decay():
     names = {"temperature", "query_embedding", "window_bias"}
     names |= {f"log_cpb.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
     assert replaced.no_weight_decay == {f"layers.0.blocks.{i}.attn.{name}" for i in (0, 1) for name in names}
-    groups = param_groups_weight_decay(model, 0.1, model.no_weight_decay() | replaced.no_weight_decay)
+    exempt = model.no_weight_decay() | replaced.no_weight_decay
+    groups = param_groups_weight_decay(model, 0.1, no_weight_decay_list=exempt)
     decayed = {id(p) for p in groups[1]["params"]}
     assert not any(id(model.get_parameter(name)) in decayed for name in replaced.no_weight_decay)
     assert id(model.layers[0].blocks[0].attn.positional_tokens) in decayed
