@@ -26,7 +26,7 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
         model: any module that takes images; it is run in eval mode and left as it was.
         images: ``(B, in_chans, H, W)``, on the model's device.
     """
-    return _count(model, images, _MISSING_IN_TORCH)
+    return _count(model, images, MISSING_IN_TORCH)
 
 
 def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
@@ -41,7 +41,7 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
         images: ``(B, in_chans, H, W)``, on the model's device.
     """
     with backend("auto"):  # in which log-CPB's table is an op, with a formula, with or without kernels
-        return _count(model, images, _MISSING_IN_TORCH | _PAPERS_RULE) // 2
+        return _count(model, images, MISSING_IN_TORCH | _PAPERS_RULE) // 2
 
 
 def _count(model: nn.Module, images: Tensor, formulas: Mapping[Any, _Formula]) -> int:
@@ -68,7 +68,7 @@ def _both_layers(rows, columns, weight1, bias1, weight2, bias2, out_shape=None) 
     return 2 * rows[0] * columns[0] * hidden * (2 + heads)
 
 
-_MISSING_IN_TORCH: dict[Any, _Formula] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+MISSING_IN_TORCH: dict[Any, _Formula] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 _PAPERS_RULE: dict[Any, _Formula] = {
     torch.ops.aten.native_layer_norm: _ten_an_element,
     torch.ops.aten._adaptive_avg_pool2d: _two_an_element,

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.analysis._evaluating import evaluating
+from foveal.analysis.flops import MISSING_IN_TORCH
 
 REST = "(between blocks)"
 
@@ -21,7 +22,7 @@ class BlockCost(NamedTuple):
     Attributes:
         name: of the module; "(between blocks)" is what the model does outside of the listed ones.
         parameters: their number.
-        flops: of the forward pass as torch counts them, a multiply-add is two; norms and activations count nothing.
+        flops: of the forward pass, as :func:`count_flops` counts them: a multiply-add is two, norms are none.
         saved_bytes: the memory of activations that a forward pass with gradients leaves for the backward pass.
     """
 
@@ -71,7 +72,7 @@ def profile_blocks(model: nn.Module, images: Tensor, blocks: Sequence[str] | Non
             saved[running[-1]] += storage.nbytes()
         return x
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=dict(MISSING_IN_TORCH))
     with (
         evaluating(model),
         torch.inference_mode(False),

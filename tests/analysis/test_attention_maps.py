@@ -98,6 +98,7 @@ def net() -> Backbone:
             Stage(dim=32, depth=1, mixer=partial(LengthScaledCosineAttention, num_heads=4), mlp=ConvGLU),
         ],
         num_classes=3,
+        proj_drop_rate=0.5,  # what a model does in training must not be seen
     )
     return randomised(net, 0.2)
 
