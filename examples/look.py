@@ -4,7 +4,6 @@
     python examples/look.py photo.jpg --checkpoint transnext_tiny_224_1k.pth --query 0.3 0.5 --query 0.9 0.1
     python examples/look.py photos/ --size 384 --beside convnext_tiny swin_tiny_patch4_window7_224
     python examples/look.py photo.jpg --pictures attention --block stages.1.blocks.0 --heads 0 1 2
-    python examples/look.py --model transnext_micro --random-weights
     python examples/look.py --digits runs/digits/model.safetensors        # what examples/train.py trained
 
 OUTPUT gets attention_BLOCK.png, receptive_fields.png and profile.png. Without trained weights only the last is drawn,
@@ -29,15 +28,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from foveal.analysis import (
-    attention_blocks,
-    attention_weights,
-    draw_attention_maps,
-    draw_profile,
-    draw_receptive_fields,
-    effective_receptive_field,
-    profile_blocks,
-)
+from foveal import analysis
 from foveal.blocks import AggregatedAttention, ConvGLU, LengthScaledCosineAttention
 from foveal.models import Backbone, Stage
 from foveal.models.checkpoints import checkpoint_filter_fn, load_file
@@ -45,7 +36,6 @@ from foveal.models.checkpoints import checkpoint_filter_fn, load_file
 PICTURES = ("attention", "fields", "profile")
 QUERIES = [(0.45, 0.45), (0.75, 0.2), (0.0, 0.99)]  # the last in a corner, where the window is cut
 DIGITS_SIZE = 32  # at which examples/train.py trains
-MOST_IMAGES = 64
 
 
 class Subject(NamedTuple):
@@ -79,9 +69,8 @@ def open_model(name: str, argument: str, args: argparse.Namespace, checkpoint: P
     """A model of timm's, with the weights of a checkpoint, of the hub, or none."""
     if not timm.is_model(name):
         refuse(argument, f"timm knows no model {name!r}; timm.list_models() names those it does")
-    kwargs = {}
-    if args.size and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
-        kwargs["img_size"] = args.size
+    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    kwargs = {"img_size": args.size} if args.size and fixed else {}
     trained = not args.random_weights
     try:
         model = timm.create_model(name, pretrained=trained and checkpoint is None, **kwargs)
@@ -94,12 +83,6 @@ def open_model(name: str, argument: str, args: argparse.Namespace, checkpoint: P
         load_weights(model, name, checkpoint, "--checkpoint")
     config = resolve_model_data_config(model)
     return Subject(name, model.eval().to(args.device), trained, v2.Normalize(config["mean"], config["std"]))
-
-
-def open_digits(checkpoint: Path, device: str) -> Subject:
-    model = digits_backbone()
-    load_weights(model, "the backbone of examples/train.py", checkpoint, "--digits")
-    return Subject("digits", model.eval().to(device), True, v2.Normalize([0.305], [0.376]))
 
 
 def held_out_digits(size: int) -> Tensor:
@@ -120,7 +103,7 @@ def open_images(path: Path | None) -> dict[str, Image.Image]:
     if not paths:
         refuse("images", f"no image in the folder {path}")
     try:
-        return {path.name: Image.open(path).convert("RGB") for path in paths[:MOST_IMAGES]}
+        return {path.name: Image.open(path).convert("RGB") for path in paths[:64]}
     except (UnidentifiedImageError, OSError) as error:
         refuse("images", f"cannot read {path}: {error}")
 
@@ -136,13 +119,13 @@ def prepare(images: dict[str, Image.Image], size: int, crops: int) -> tuple[Tens
 
 def draw_attention(subject: Subject, image: Tensor, args: argparse.Namespace) -> list[Path]:
     """A picture for each block."""
-    names = attention_blocks(subject.model)
+    names = analysis.attention_blocks(subject.model)
     if args.block is None:  # the last of each stage
         names = list({name.partition(".blocks.")[0]: name.removesuffix(".mixer") for name in names}.values())
     written = []
     for name in args.block or names:
         try:
-            weights = attention_weights(subject.model, subject.normalize(image)[None].to(args.device), name)
+            weights = analysis.attention_weights(subject.model, subject.normalize(image)[None].to(args.device), name)
         except ValueError as error:
             refuse("--block", str(error))
         grid = weights.pool.shape[1:3]
@@ -150,7 +133,7 @@ def draw_attention(subject: Subject, image: Tensor, args: argparse.Namespace) ->
         written.append(args.output / f"attention_{name}.png")
         title = f"{describe(subject)}, {name}: attention on a map of {grid[0]} x {grid[1]} cells"
         try:
-            draw_attention_maps(image, weights, cells, written[-1], heads=args.heads, title=title)
+            analysis.draw_attention_maps(image, weights, cells, written[-1], heads=args.heads, title=title)
         except ValueError as error:
             refuse("--heads", f"of {name}: {error}")
     return written
@@ -165,16 +148,18 @@ def draw_fields(subjects: list[Subject], images: Tensor, args: argparse.Namespac
             batches = [batch.to(args.device) for batch in subject.normalize(images).split(8)]
             row = fields[describe(subject)] = {}
             for stage in range(max(0, count - 4), count):
-                row[f"stage {stage + 1} of {count}"] = effective_receptive_field(subject.model, batches, stage=stage)
+                row[f"stage {stage + 1} of {count}"] = analysis.effective_receptive_field(
+                    subject.model, batches, stage=stage
+                )
                 bar.update()
-    draw_receptive_fields(fields, args.output / "receptive_fields.png")
+    analysis.draw_receptive_fields(fields, args.output / "receptive_fields.png")
     return [args.output / "receptive_fields.png"]
 
 
 def draw_costs(subject: Subject, image: Tensor, args: argparse.Namespace) -> list[Path]:
-    costs = profile_blocks(subject.model, subject.normalize(image)[None].to(args.device))
+    costs = analysis.profile_blocks(subject.model, subject.normalize(image)[None].to(args.device))
     title = f"{subject.name}: the cost of one image of {image.shape[1]} x {image.shape[2]} pixels"
-    draw_profile(costs, args.output / "profile.png", title=title)
+    analysis.draw_profile(costs, args.output / "profile.png", title=title)
     return [args.output / "profile.png"]
 
 
@@ -222,10 +207,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--output", type=Path, default=Path("runs/look"), metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.digits and args.images:
-        refuse("--digits", "looks at digits, and takes no images")
-    if args.digits and args.beside:
-        refuse("--digits", "is trained on digits, and takes no models beside")
+    if args.digits and (args.images or args.beside):
+        refuse("--digits", "looks at digits, and takes neither images nor models beside")
     try:
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:
@@ -237,7 +220,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(0)
     if args.digits:
-        subject = open_digits(args.digits, args.device)
+        model = digits_backbone()
+        load_weights(model, "the backbone of examples/train.py", args.digits, "--digits")
+        subject = Subject("digits", model.eval().to(args.device), True, v2.Normalize([0.305], [0.376]))
         images = held_out_digits(args.size or DIGITS_SIZE)
         image, crops = images[0], images[: args.crops]
     else:
@@ -249,7 +234,6 @@ def main(argv: list[str] | None = None) -> None:
     if not (subject.trained or args.random_weights):
         pictures = [picture for picture in pictures if picture == "profile"]
         print("Drawing the profile alone; for more, pass --checkpoint or --random-weights.", file=sys.stderr)
-
     args.output.mkdir(parents=True, exist_ok=True)
     written = []
     if "attention" in pictures:

@@ -9,8 +9,8 @@ from safetensors.torch import save_model
 
 from tests.examples.running import colourful, load, run
 
-ATTENTION = [f"attention_stages.{stage}.blocks.{block}.png" for stage, block in enumerate((1, 1, 14, 1))]
-SMALL = ("--model", "transnext_micro", "--size", "64")
+ATTENTION = [f"attention_stages.{stage}.blocks.{block}.png" for stage, block in enumerate((1, 1, 5, 1))]
+SMALL = ("--model", "transnext_pico", "--size", "64")
 
 
 @pytest.fixture
@@ -23,7 +23,18 @@ def written(folder) -> list[str]:
 
 
 def test_all_pictures_of_an_untrained_model(tmp_path):
-    options = ("--random-weights", "--crops", "2", "--beside", "convnext_atto", "--output", tmp_path)
+    options = (
+        "--random-weights",
+        "--query",
+        "0",
+        "0.5",
+        "--crops",
+        "2",
+        "--beside",
+        "test_convnext",
+        "--output",
+        tmp_path,
+    )
     out, err = run("look.py", *SMALL, *options)
     assert out.split() == [str(tmp_path / name) for name in (*ATTENTION, "receptive_fields.png", "profile.png")]
     assert written(tmp_path) == sorted([*ATTENTION, "receptive_fields.png", "profile.png"])
@@ -45,14 +56,14 @@ def test_without_weights_the_profile_alone(look, tmp_path, capsys, monkeypatch):
     look.main([*SMALL, "--output", str(tmp_path)])
     assert written(tmp_path) == ["profile.png"]
     error = capsys.readouterr().err
-    assert "No weights of transnext_micro from the hub (OSError: no way to the hub)" in error
+    assert "No weights of transnext_pico from the hub (OSError: no way to the hub)" in error
     assert "pass --checkpoint or --random-weights" in error
 
 
 def test_an_image_of_the_users_and_a_checkpoint(look, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
-    save_model(timm.create_model("transnext_micro"), str(tmp_path / "weights.safetensors"))
+    save_model(timm.create_model("transnext_pico"), str(tmp_path / "weights.safetensors"))
     options = ["--checkpoint", str(tmp_path / "weights.safetensors"), "--pictures", "attention"]
     chosen = ["--block", "stages.2.blocks.3", "--query", "0.5", "0.5", "--heads", "0", "7"]
     look.main([str(tmp_path / "photo.png"), *SMALL, *options, *chosen, "--output", str(tmp_path / "out")])
@@ -70,7 +81,17 @@ def test_the_image_is_the_centre_of_the_first(look):
 @pytest.mark.slow
 def test_digits_that_the_training_example_trained(tmp_path):
     run("train.py", "--img-size", "8", "--epochs", "1", "--batch-size", "256", "--output", tmp_path / "run")
-    options = ("--digits", tmp_path / "run" / "model.safetensors", "--crops", "4", "--output", tmp_path / "look")
+    options = (
+        "--digits",
+        tmp_path / "run" / "model.safetensors",
+        "--query",
+        "0",
+        "0",
+        "--crops",
+        "4",
+        "--output",
+        tmp_path / "look",
+    )
     run("look.py", *options)
     names = [f"attention_stages.{stage}.blocks.1.png" for stage in range(3)]
     assert written(tmp_path / "look") == sorted([*names, "receptive_fields.png", "profile.png"])
@@ -85,8 +106,8 @@ def test_digits_that_the_training_example_trained(tmp_path):
         (["--model", "transnext_huge"], "argument --model: timm knows no model 'transnext_huge'"),
         (["--checkpoint", "nowhere"], "argument --checkpoint: nowhere holds no weights of transnext_tiny"),
         (["--digits", "nowhere"], "argument --digits: nowhere holds no weights of the backbone"),
-        (["--digits", "x", "--beside", "resnet18"], "argument --digits: is trained on digits"),
-        (["photo.jpg", "--digits", "x"], "argument --digits: looks at digits, and takes no images"),
+        (["--digits", "x", "--beside", "resnet18"], "argument --digits: looks at digits, and takes neither"),
+        (["photo.jpg", "--digits", "x"], "argument --digits: looks at digits, and takes neither"),
         (["--query", "1", "0"], "argument --query: must be at least 0 and less than 1"),
         (["--crops", "0"], "argument --crops: must be at least 1"),
         (["--device", "abacus"], "argument --device: "),
