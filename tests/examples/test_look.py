@@ -65,7 +65,7 @@ def test_an_image_of_the_users_and_a_checkpoint(look, tmp_path):
     Image.fromarray(noise).save(tmp_path / "photo.png")
     save_model(timm.create_model("transnext_pico"), str(tmp_path / "weights.safetensors"))
     options = ["--checkpoint", str(tmp_path / "weights.safetensors"), "--pictures", "attention"]
-    chosen = ["--block", "stages.2.blocks.3", "--query", "0.5", "0.5", "--heads", "0", "7"]
+    chosen = ["--block", "stages.2.blocks.3", "--query", "0.5", "0.5", "--heads", "0", "3"]
     look.main([str(tmp_path / "photo.png"), *SMALL, *options, *chosen, "--output", str(tmp_path / "out")])
     assert written(tmp_path / "out") == ["attention_stages.2.blocks.3.png"]
 

@@ -118,6 +118,22 @@ def test_a_seed_draws_disjoint_stratified_parts(roadmap):
     assert not torch.equal(split.labels, roadmap.draw_split(1, 100, 8).labels)
 
 
+def test_all_steps_see_the_same_images_in_the_same_order(roadmap, monkeypatch):
+    """Whatever the number of weights that a model drew before."""
+    drawn = []
+
+    def stop(*args, **kwargs):
+        drawn.append(torch.get_rng_state())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(roadmap, "create_optimizer_v2", stop)
+    settings = {"train_images": 20, "img_size": 8, "epochs": 1, "batch_size": 10, "lr": 0.1}
+    for step in (roadmap.ROADMAP[0], roadmap.ROADMAP[-1]):
+        with pytest.raises(KeyboardInterrupt):
+            roadmap.train(step, 0, settings, None)
+    assert torch.equal(*drawn)
+
+
 def test_claims_no_more_than_the_seeds_show(roadmap):
     text = roadmap.verdict([[1.0, 2.0], [-1.0, -0.1], [0.0, 1.0], [-1.0, 1.0], [0.1, 0.2]], [0.1, 0.3])
     assert "Better with every seed than the step before: step 4, 8." in text
