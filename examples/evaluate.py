@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from evaluation.cost import machine, paired_seconds, peak_memory
+from evaluation.cost import machine, paired_times, peak_memory
 from evaluation.imagenet import DATA, ClassFolders, classes_of, folders_of, transform_for
 from evaluation.models import OPTIONS, build, has_options
 from evaluation.results import Results, draw, panels, print_table
@@ -128,8 +128,8 @@ def measure_costs(args: argparse.Namespace, results: Results) -> list[dict[str, 
         images = torch.randn(1, 3, size, size, dtype=getattr(torch, args.dtype), device=args.device)
         if "latency" in args.cost:
             untimed = {spec: builds[spec]() for spec, row in here.items() if "seconds" not in row}
-            for spec, seconds in paired_seconds(untimed, images, args.rounds).items():
-                here[spec]["seconds"] = seconds
+            for spec, times in paired_times(untimed, images, args.rounds).items():
+                here[spec].update(times)
             results.save()
         for spec, row in here.items():
             if "memory" in args.cost and "peak_bytes" not in row:

@@ -1,4 +1,4 @@
-"""What a forward pass costs on this machine: seconds in paired rounds, and peak memory in a process of its own.
+"""What a forward pass costs on this machine: time in paired rounds, and peak memory in a process of its own.
 
 A part of evaluate.py, which gives it the models and the image sizes.
 """
@@ -27,21 +27,29 @@ def machine(device: str) -> dict[str, object]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def paired_seconds(models: Mapping[str, nn.Module], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a forward pass in every round. The models take turns, so that a noisy machine slows all of them."""
+Times = dict[str, list[float]]
+
+
+def paired_times(models: Mapping[str, nn.Module], images: Tensor, rounds: int) -> dict[str, Times]:
+    """Seconds of a forward pass in every round, by the clock and, on the CPU, of the processor.
+
+    The models take turns, so that a noisy machine slows all of them. The processor's seconds are those of all threads;
+    with one thread and an idle machine they are the clock's, and on a busy machine they tell more.
+    """
     with torch.inference_mode():
         for model in models.values():
             model(images)  # what is kept per size, such as position biases, is made here
-        measured = [{name: _seconds(model, images) for name, model in models.items()} for _ in range(rounds)]
-    return {name: [times[name] for times in measured] for name in models}
+        measured = [{name: _times(model, images) for name, model in models.items()} for _ in range(rounds)]
+    clocks = ("seconds", "processor_seconds") if images.device.type == "cpu" else ("seconds",)
+    return {name: {clock: [times[name][i] for times in measured] for i, clock in enumerate(clocks)} for name in models}
 
 
-def _seconds(model: nn.Module, images: Tensor) -> float:
+def _times(model: nn.Module, images: Tensor) -> tuple[float, float]:
     _synchronize(images)
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     model(images)
     _synchronize(images)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor_start
 
 
 def _synchronize(images: Tensor) -> None:

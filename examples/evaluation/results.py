@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -14,7 +14,11 @@ from evaluation.imagenet import mean_corruption_error
 
 Row = dict[str, Any]
 Panels = dict[str, dict[str, list[float]]]
-LATENCY, MEMORY = "latency of an image (ms)", "peak memory (MB)"
+COSTS: dict[str, tuple[str, Callable[[Any], float]]] = {
+    "latency of an image (ms)": ("seconds", lambda rounds: 1e3 * median(rounds)),
+    "processor time of an image (ms)": ("processor_seconds", lambda rounds: 1e3 * median(rounds)),
+    "peak memory (MB)": ("peak_bytes", lambda peak: peak / 1e6),
+}
 
 SAVE_EVERY = 10  # seconds
 
@@ -54,10 +58,7 @@ def panels(accuracy: Sequence[Row], costs: Sequence[Row], models: Sequence[str],
             for size in sizes:
                 for quantity, value in accuracies(accuracy, data, model, size).items():
                     found.setdefault(f"{data}, {quantity} (%)", {}).setdefault(model, []).append(100 * value)
-    for title, field, figure in (
-        (LATENCY, "seconds", lambda s: 1e3 * median(s)),
-        (MEMORY, "peak_bytes", lambda b: b / 1e6),
-    ):
+    for title, (field, figure) in COSTS.items():
         measured = {(row["model"], row["size"]): figure(row[field]) for row in costs if row.get(field) is not None}
         if measured:
             found[title] = {model: [measured[model, size] for size in sizes] for model in models}
@@ -87,7 +88,7 @@ def draw(found: Panels, sizes: Sequence[int], path: Path) -> None:
     for axes, (title, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         for model, values in lines.items():
             axes.plot(sizes, values, ".-", label=model)
-        if title in (LATENCY, MEMORY):
+        if title in COSTS:
             start = min(values[0] for values in lines.values())
             slope = [start * (size / sizes[0]) ** 2 for size in sizes]
             axes.plot(sizes, slope, ":", color="grey", label="in proportion to the pixels")
