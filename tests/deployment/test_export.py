@@ -1,4 +1,4 @@
-"""Models on their way to production: torch.export and int8, against the model they came from."""
+"""Models on their way to production: torch.export, ONNX and int8, against the model they came from."""
 
 import copy
 
@@ -20,6 +20,15 @@ def small(**kwargs) -> nn.Module:
     return randomised(transnext((12, 24), (1, 1), (1, 2), (4, 4), (4, None), **args), std=0.2).eval()
 
 
+class Maps(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.forward_intermediates(images, intermediates_only=True)
+
+
 def export(net: nn.Module, dynamic: dict[int, object]) -> torch.export.ExportedProgram:
     with torch.no_grad():
         return torch.export.export(net, (torch.randn(2, 3, 72, 50),), dynamic_shapes=(dynamic,))
@@ -30,7 +39,10 @@ def assert_equals_the_model(run, net, *shapes):
         x = torch.randn(batch, 3, height, width)
         with torch.no_grad():
             actual, expected = run(x), net(x)
-        assert_near(actual, expected, tol=1e-5)
+        if isinstance(expected, torch.Tensor):
+            actual, expected = [actual], [expected]
+        for a, e in zip(actual, expected, strict=True):
+            assert_near(a, e, tol=1e-5)
 
 
 def test_any_batch(tmp_path):
@@ -53,6 +65,25 @@ def test_any_size(kwargs):
     program = export(net, ANY_SIZE)
     assert not [node for node in program.graph.nodes if "foveal" in str(node.target)]
     assert_equals_the_model(program.module(), net, (2, 72, 50), (1, 64, 64), (3, 101, 160))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [lambda net: net, Maps], ids=["logits", "maps"])
+def test_onnx_at_any_size(wrap, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net = wrap(small())
+    exported = torch.onnx.export(export(net, ANY_SIZE), dynamo=True, input_names=["images"], verbose=False)
+    exported.save(tmp_path / "net.onnx")
+    assert exported.model.opset_imports[""] >= 20
+    assert set(exported.model.opset_imports) <= {"", "pkg.onnxscript.torch_lib", "pkg.onnxscript.torch_lib.common"}
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+
+    def run(x):
+        out = [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+        return out if isinstance(net, Maps) else out[0]
+
+    assert_equals_the_model(run, net, (2, 72, 50), (1, 64, 64), (3, 101, 160))
 
 
 def torchs_own(net: nn.Module) -> nn.Module:
