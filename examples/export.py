@@ -2,9 +2,10 @@
 
     python examples/export.py --model transnext_tiny --formats pt2 onnx             # weights from the hub
     python examples/export.py --checkpoint transnext_tiny_224_1k.pth --dynamic size --formats onnx
-    python examples/export.py --random-weights --features --size 480 640
+    python examples/export.py --random-weights --features --size 480 640 --formats aoti
 
-pt2 is a program of torch.export, which PyTorch runs without foveal; onnx a file for ONNX Runtime and others. With
+pt2 is a program of torch.export, which PyTorch runs without foveal; aoti a package that AOTInductor compiles for this
+machine's CPU or GPU (it needs a C++ compiler), also for C++; onnx a file for ONNX Runtime and others. With
 --dynamic size, one file takes images of any size from some smallest one; that export of a deep model takes minutes.
 """
 
@@ -100,6 +101,11 @@ def to_pt2(program: ExportedProgram, path: Path, names: list[str]) -> Runner:
     return torch.export.load(path).module()
 
 
+def to_aoti(program: ExportedProgram, path: Path, names: list[str]) -> Runner:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return torch._inductor.aoti_load_package(str(path))
+
+
 def to_onnx(program: ExportedProgram, path: Path, names: list[str]) -> Runner:
     import onnxruntime
 
@@ -108,7 +114,7 @@ def to_onnx(program: ExportedProgram, path: Path, names: list[str]) -> Runner:
     return lambda images: [torch.from_numpy(x) for x in session.run(None, {"images": images.cpu().numpy()})]
 
 
-WRITERS = {"pt2": (to_pt2, ".pt2"), "onnx": (to_onnx, ".onnx")}
+WRITERS = {"pt2": (to_pt2, ".pt2"), "aoti": (to_aoti, ".aoti.pt2"), "onnx": (to_onnx, ".onnx")}
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:

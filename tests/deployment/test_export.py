@@ -1,4 +1,4 @@
-"""Models on their way to production: torch.export, ONNX and int8, against the model they came from."""
+"""Models on their way to production: torch.export, AOTInductor, ONNX and int8, against the model they came from."""
 
 import copy
 
@@ -84,6 +84,14 @@ def test_onnx_at_any_size(wrap, tmp_path):
         return out if isinstance(net, Maps) else out[0]
 
     assert_equals_the_model(run, net, (2, 72, 50), (1, 64, 64), (3, 101, 160))
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path):
+    net = small()
+    path = str(tmp_path / "net.pt2")
+    torch._inductor.aoti_compile_and_package(export(net, ANY_BATCH), package_path=path)
+    assert_equals_the_model(torch._inductor.aoti_load_package(path), net, (2, 72, 50), (1, 72, 50), (5, 72, 50))
 
 
 def torchs_own(net: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.examples.running import load
+from tests.examples.running import load, run
 
 SHALLOW = {"depths": (1, 1, 1, 1)}
 
@@ -49,6 +49,17 @@ def test_maps_of_any_size(example, shallow, tmp_path, capsys):
     assert "transnext_micro_features.pt2" in out
     assert "(2, 3, 99, 106) differs by" in out
     assert max(float(value) for value in re.findall(r"differs by ([\d.e+-]+)", out)) < 1e-5
+
+
+@pytest.mark.slow
+def test_every_format_from_the_command_line(tmp_path):
+    pytest.importorskip("onnxruntime")
+    args = ["--model", "test_convnext", "--random-weights", "--formats", "pt2", "aoti", "onnx", "--size", "64"]
+    out, _ = run("export.py", *args, "--output", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {f"test_convnext{x}" for x in (".pt2", ".aoti.pt2", ".onnx")}
+    differences = [float(value) for value in re.findall(r"differs by ([\d.e+-]+)", out)]
+    assert len(differences) == 6
+    assert max(differences) < 1e-4
 
 
 @pytest.mark.parametrize(
