@@ -48,6 +48,9 @@ def has_options(name: str) -> bool:
 def build(spec: str, size: int, num_classes: int, weights: str, dtype: str, device: str) -> nn.Module:
     """A model by its name and options, in eval mode. ``weights`` is "hub", "random" or a file."""
     name, _, options = spec.partition(":")
+    published = timm.get_pretrained_cfg(name).num_classes
+    if weights == "hub" and num_classes != published:
+        raise ValueError(f"the published weights know {published} classes and the folder has {num_classes}")
     # A model of one size gets its position embedding resampled to this one.
     fixed = {"img_size": size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
     torch.manual_seed(0)

@@ -30,6 +30,8 @@ class Data(NamedTuple):
 
 def open_data(args: Namespace) -> Data:
     name, *path = args.data
+    if name != "digits" and (args.crop_scale is None or args.crop_pct is None):
+        refuse("--recipe", f"{args.recipe} has no augmentation of photographs, which {name} needs")
     if name == "digits":
         return Data(Digits("train", args.img_size), Digits("test", args.img_size), num_classes=10, in_chans=1)
     kind, _, hub_name = name.partition("/")

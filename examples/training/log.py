@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from training.checkpoint import Run
+from training.checkpoint import Run, write_whole
 from training.processes import rank
 
 
@@ -16,7 +16,7 @@ class Log:
             return
         path = folder / "log.jsonl"
         kept = [line for line in read_lines(path) if before(run, line)]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
         self.file = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -84,7 +84,10 @@ def profile_blocks(model: nn.Module, images: Tensor, blocks: Sequence[str] | Non
         model(images)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     prefix = type(model).__name__
-    costs = [BlockCost(name, _count(known[name]), flops.get(f"{prefix}.{name}", 0), saved[name]) for name in names]
+    costs = [
+        BlockCost(name, _count(known[name]), flops.get(f"{prefix}.{name}".rstrip("."), 0), saved[name])
+        for name in names
+    ]
     sums = [sum(column) for column in list(zip(*costs, strict=True))[1:]]
     totals = _count(model), flops.get("Global", 0), sum(saved.values())
     rest = BlockCost(REST, *(total - part for total, part in zip(totals, sums, strict=True)))

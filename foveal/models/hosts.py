@@ -24,7 +24,7 @@ from torch import nn
 from foveal.blocks.layouts import CarriedGrid, ChannelsFirst, PatchGrid, SizedTokens, TokenMixer, Tokens
 from foveal.blocks.layouts.grid import map_format
 from foveal.models.replaced import check_keeps_size, widths_of
-from foveal.models.whole_maps import see_whole_maps
+from foveal.models.whole_maps import check_windows, see_whole_maps
 
 Adapter = Callable[[nn.Module], nn.Module]
 
@@ -117,7 +117,11 @@ def _same_size_convolution(site: Site) -> Place:
 
 
 def _windowed(adapter: Adapter) -> Callable[[Site], Place]:
-    return lambda site: Place(adapter, prepare=partial(see_whole_maps, site.owner))
+    def place(site: Site) -> Place:
+        check_windows(site.owner)
+        return Place(adapter, prepare=partial(see_whole_maps, site.owner))
+
+    return place
 
 
 def _always(adapter: Adapter) -> Callable[[Site], Place]:

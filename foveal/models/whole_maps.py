@@ -56,6 +56,12 @@ _CLASSES: dict[type, type] = {
 }
 
 
+def check_windows(block: Any) -> None:
+    """Raise unless it is known how a block cuts its map into windows; a subclass may do it in its own way."""
+    if type(block) not in _CLASSES and not isinstance(block, _WholeMapSwin | _WholeMapMaxxVit):
+        raise ValueError(f"foveal does not know how {type(block).__name__} cuts its map into windows")
+
+
 def see_whole_maps(block: Any) -> None:
     """Leave the partition into windows out of a block, in place: it keeps its parts, their names and its order."""
     if type(block) in _CLASSES:

@@ -19,6 +19,11 @@ def test_costs_counted_by_hand():
     assert last == ("1.1", 45, 2 * 7 * 8 * 5, 4 * 7 * 8)
 
 
+def test_a_model_without_containers_is_one_block():
+    (cost,) = profile_blocks(nn.Linear(3, 8), torch.randn(7, 3))
+    assert cost == ("", 32, 2 * 7 * 3 * 8, 0)
+
+
 def test_a_storage_counts_once_and_where_it_is_saved_first():
     class Twice(nn.Module):
         def forward(self, x):

@@ -285,3 +285,10 @@ def test_errors_name_the_argument(args, message, tmp_path, capsys):
         )
     assert exit_info.value.code == 2
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
+
+
+def test_published_weights_do_not_get_a_random_head(tmp_path, capsys):
+    save(draw_image(0), tmp_path / "own" / "a", "a")
+    with pytest.raises(SystemExit):
+        example.main(["--data", f"folder={tmp_path / 'own'}", "--output", str(tmp_path / "out")])
+    assert "the published weights know 1000 classes and the folder has 1" in capsys.readouterr().err

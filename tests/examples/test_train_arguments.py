@@ -47,6 +47,10 @@ def test_resume_refuses_other_settings(args, message, finished, train, capsys):
             ["--data", "folder", "x", "--recipe", "imagenet"],
             "argument --drop-path: the recipe has one for transnext_micro",
         ),
+        (
+            ["--data", "folder", "x", "--recipe", "digits"],
+            "argument --recipe: digits has no augmentation of photographs, which folder needs",
+        ),
         (["--weights", "hub"], "argument --weights: needs a --model that they belong to"),
         (
             ["--model", "test_vit", "--img-size", "64", "--weights", "nowhere"],

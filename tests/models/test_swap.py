@@ -177,6 +177,13 @@ def convnext(**kwargs):
     return nn.ModuleDict({"block": ConvNeXtBlock(8, **kwargs)})
 
 
+def own_windows():
+    model = HOSTS["Swin"].build()
+    block = model.layers[0].blocks[0]
+    block.__class__ = type("OwnBlock", (type(block),), {})
+    return model
+
+
 TOKENS, MIXERS = "stages.*.*.transformer.*.mlp", "stages.*.blocks.*.conv_dw"
 ATTENTION = partial(AggregatedAttention, num_heads=2)
 REFUSED = {
@@ -193,6 +200,7 @@ REFUSED = {
     "rotary embedding": (HOSTS["EVA-02"].build, {"blocks.*.attn": ATTENTION}, "rotary embeddings"),
     "strided mixer": (partial(convnext, stride=2), {"block.conv_dw": ATTENTION}, "changes the size"),
     "widening mixer": (partial(convnext, out_chs=16), {"block.conv_dw": ATTENTION}, "changes the width"),
+    "unknown windows": (own_windows, {"layers.*.blocks.*.attn": ATTENTION}, "how OwnBlock cuts its map into windows"),
     "unknown network": (
         convolutions,
         {"body.first": ConvGLU},
