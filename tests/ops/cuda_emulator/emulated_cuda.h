@@ -20,7 +20,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__
 #define __launch_bounds__(...)
-#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
