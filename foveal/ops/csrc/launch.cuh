@@ -1,48 +1,33 @@
 // Tensors at the door of a CUDA kernel, and its launch. Included by the files `op.cu`.
 #pragma once
 
-#include <algorithm>
-
-#include "device.cuh"
+#include "stream.cuh"
 #include "tensor.h"
 
 #if defined(__CUDACC__)
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-#else
-#include "emulated_launch.h"
 #endif
 
 namespace foveal::cuda {
 
-#if defined(__CUDACC__)
-
 // Makes a tensor's device the current one, and launches on that device's current stream.
-class Device {
+class Device : public Stream {
  public:
-  explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  // kernel(arguments...) with `shared` bytes of shared memory a block. A grid without blocks does nothing.
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments&&... arguments) const {
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    if (shared > 48 << 10) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-    }
-    kernel<<<grid, block, shared, stream_>>>(Parameters(arguments)...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+#if defined(__CUDACC__)
+  explicit Device(const Tensor& x) : Stream{current_stream(x)}, guard_(x.get_device_index()) {}
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
+  static cudaStream_t current_stream(const Tensor& x) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
 
+  torch::stable::accelerator::DeviceGuard guard_;
+#else
+  explicit Device(const Tensor&) {}
 #endif
+};
 
 // Call `function(Type<T>())` with the C++ type that the GPU kernels know a tensor's values by.
 template <class F>
@@ -68,12 +53,6 @@ template <class T>
 T* mutable_data(Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The second and the third side of a grid hold at most so many blocks; kernels step on by the grid's size.
-constexpr int64_t max_blocks = 65535;
-inline unsigned clamped(int64_t blocks) { return unsigned(std::min(blocks, max_blocks)); }
 
 // Whether every row of channels of a map begins at a multiple of n values, so that kernels may load n at once.
 template <int n>

@@ -5,6 +5,7 @@ real one does; :func:`emulated` runs them on CPU tensors in place of foveal's op
 """
 
 import functools
+import platform
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -20,24 +21,29 @@ HERE = Path(__file__).parent
 FLAGS = (
     "-std=c++20 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wno-psabi -Wall -Werror -Wno-unknown-pragmas"
     " -Wno-unused-but-set-parameter -DTORCH_TARGET_VERSION=0x020a000000000000 -DFOVEAL_CUDA"
-    " -DFOVEAL_GATE_CHUNK=8192"
+    " -DFOVEAL_GATE_CHUNK=8192 -ffp-contract=fast"  # a * b + c is rounded once, as by nvcc
 )
 
 
+def _flags() -> str:
+    wide = toolchain.instruction_set() != "baseline"
+    return f"{FLAGS} {toolchain.INSTRUCTION_SETS[platform.machine()]['avx2' if wide else 'baseline']}"
+
+
 def _target() -> recipes.Target:
-    tools, torch_at = toolchain.toolchain(), toolchain.torch_directory()
-    headers = recipes.hash_of(FLAGS, *sorted(HERE.glob("*.h")))
+    tools, torch_at, flags = toolchain.toolchain(), toolchain.torch_directory(), _flags()
+    headers = recipes.hash_of(flags, *sorted(HERE.glob("*.h")))
     sources = [HERE / "emulator.cpp", HERE / "probes.cu", *sorted(recipes.SOURCES.glob("*.cu"))]
     objects = {recipes.object_name(source, headers): source for source in sources}
     rules = [
-        f"rule compile\n  command = {tools.compiler} {FLAGS} -I{HERE} -I{recipes.SOURCES} -isystem {torch_at}/include"
+        f"rule compile\n  command = {tools.compiler} {flags} -I{HERE} -I{recipes.SOURCES} -isystem {torch_at}/include"
         " -x c++ -c $in -o $out",
         f"rule link\n  command = {tools.compiler} -shared $in -L{torch_at}/lib -ltorch_cpu -o $out",
         *(f"build {name}: compile {source}" for name, source in objects.items()),
         f"build library.so: link {' '.join(objects)}\n",
     ]
     name = f"foveal_emulated-{recipes.hash_of(*objects)}.so"
-    return recipes.Target("emulated cuda", name, recipes.hash_of(*tools, FLAGS), tools.ninja, "\n".join(rules))
+    return recipes.Target("emulated cuda", name, recipes.hash_of(*tools, flags), tools.ninja, "\n".join(rules))
 
 
 @functools.cache

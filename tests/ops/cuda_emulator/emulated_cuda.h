@@ -20,6 +20,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -184,5 +185,13 @@ template <int pending>
 void wait_for_copies() {
   emulator::finish_groups(pending);
 }
+
+struct Stream {
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments&&... arguments) const {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    emulator::run(grid, block, shared, [&] { kernel(Parameters(arguments)...); });
+  }
+};
 
 }  // namespace foveal::cuda
