@@ -32,6 +32,13 @@ def check_same_dtype(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must have the dtype of {first}, {reference.dtype}, got {x.dtype}")
 
 
+def check_same_device(x: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all tensors lie where ``x`` does: a kernel takes their addresses as they are."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like the activations, got {other.device}")
+
+
 def check_window_size(window_size: int) -> None:
     if not isinstance(window_size, int) or window_size < 1 or window_size % 2 == 0:
         raise ValueError(f"window_size must be an odd positive integer, got {window_size!r}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_dim, check_same_dtype, check_shape, check_window_size
+from foveal.ops._checks import check_dim, check_same_device, check_same_dtype, check_shape, check_window_size
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
 from foveal.ops.backend import runs_compiled, unserved_dtype
 from foveal.ops.position_bias import PositionBias
@@ -93,15 +93,23 @@ def aggregated_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
+    check_same_device(
+        q,
+        **{"k": k, "v": v, "k_pool": k_pool, "v_pool": v_pool, "scale": scale, "query_embedding": query_embedding},
+        **{"window_bias": window_bias, "positional_tokens": positional_tokens, "positional_bias": positional_bias},
+        **{"pool_bias.table": table, "pool_bias.row_index": rows, "pool_bias.column_index": columns},
+    )
     pooled = (k_pool, v_pool, scale, query_embedding, window_bias, table, rows, columns)
     tensors = (q, k, v, *pooled, positional_tokens, positional_bias)
-    if runs_compiled("aggregated_attention", q, _unsupported(q, dropout_p)):
+    if runs_compiled("aggregated_attention", q, _unsupported(q, k_pool, dropout_p)):
         return torch.ops.foveal.aggregated_attention(*tensors, window_size, length_scaled, normalize)[0]
     return reference.aggregated_attention(*tensors, window_size, length_scaled, normalize, dropout_p)
 
 
-def _unsupported(q: Tensor, dropout_p: float) -> list[str]:
+def _unsupported(q: Tensor, k_pool: Tensor, dropout_p: float) -> list[str]:
     reasons = unserved_dtype(q)
+    if k_pool.shape[1] * k_pool.shape[2] == 0:
+        reasons.append("a pooled map without cells is not served")
     if dropout_p > 0:
         reasons.append("attention dropout is not served")
     if q.shape[-1] > _MAX_DIM:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_choice, check_dim, check_floating, check_shape
+from foveal.ops._checks import check_choice, check_dim, check_floating, check_same_device, check_shape
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
 from foveal.ops.backend import runs_compiled, unserved_dtype
 
@@ -43,6 +43,7 @@ def depthwise_gate(
     if bias is not None:
         check_shape("bias", bias, (channels,), "(C,)")
     check_choice("act", act, tuple(reference.ACTIVATIONS))
+    check_same_device(x, weight=weight, bias=bias, input_bias=input_bias)
     if input_bias is not None:
         check_shape("input_bias", input_bias, (2 * channels,), "(2C,)")
         if _fuses_input_bias(x, weight, bias, input_bias):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_dim, check_same_dtype, check_shape, check_window_size
+from foveal.ops._checks import check_dim, check_same_device, check_same_dtype, check_shape, check_window_size
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
 from foveal.ops.backend import runs_compiled, unserved_dtype
 
@@ -29,6 +29,7 @@ def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     check_dim("q", q, _MAP)
     check_shape("k", k, q.shape, _MAP)
     check_same_dtype(q=q, k=k)
+    check_same_device(q, k=k)
     if runs_compiled("window_scores", k, unserved_dtype(k)):
         return torch.ops.foveal.window_scores(q, k, window_size)
     return reference.window_scores(q, k, window_size)
@@ -51,6 +52,7 @@ def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
     check_dim("v", v, _MAP)
     check_shape("weights", weights, (*v.shape[:-1], window_size**2), "(B, H, W, heads, k * k)")
     check_same_dtype(v=v, weights=weights)
+    check_same_device(v, weights=weights)
     if runs_compiled("window_sum", v, unserved_dtype(v)):
         return torch.ops.foveal.window_sum(weights, v, window_size)
     return reference.window_sum(weights, v, window_size)
