@@ -80,8 +80,11 @@ def cuda_toolchain() -> CudaToolchain:
     if release is None:
         raise BuildError(f"{nvcc} --version tells no release")
     wanted = torch_cuda_version()
-    if wanted and wanted.split(".")[0] != release[1].split(".")[0]:
-        raise BuildError(f"{nvcc} is of CUDA {release[1]}, and PyTorch of CUDA {wanted}: the major versions must agree")
+    if wanted and (major := wanted.split(".")[0]) != release[1].split(".")[0]:
+        raise BuildError(
+            f"{nvcc} is of CUDA {release[1]}, and PyTorch of CUDA {wanted}: the major versions must agree; install "
+            f"CUDA {major}'s toolkit and name its nvcc in CUDACXX"
+        )
     return CudaToolchain(nvcc, release[1], os.environ.get("FOVEAL_NVCCFLAGS", ""))
 
 
@@ -174,7 +177,7 @@ def architectures(gpus: list[Capability]) -> list[Architecture]:
     if not served:
         have = ", ".join(f"{major}.{minor}" for major, minor in gpus)
         raise BuildError(
-            f"the kernels need compute capability 8.0 or later, these GPUs have {have}"
+            f"the kernels need compute capability 8.0 or later, these GPUs have {have}; they run on plain PyTorch"
             if gpus
             else "no GPU is visible; TORCH_CUDA_ARCH_LIST=8.0;9.0a (for example) builds for GPUs elsewhere"
         )

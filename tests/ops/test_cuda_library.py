@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from foveal.__main__ import report
 from foveal.ops import library, recipes, toolchain
 from foveal.ops.toolchain import Architecture, BuildError
 
@@ -113,7 +114,7 @@ def test_reasons_against_the_kernels(machine, tmp_path):
     assert "the major versions must agree" in library.describe("cuda")
     machine.install(cuda="13.1", torch_cuda="13.0")
     machine.plug_in((7, 5))
-    assert reason() == "the kernels need compute capability 8.0 or later, these GPUs have 7.5"
+    assert "the kernels need compute capability 8.0 or later, these GPUs have 7.5" in reason()
     machine.plug_in((9, 0), (7, 5))
     assert reason("cuda:1") == "the kernels need compute capability 8.0 or later, cuda:1 has 7.5"
     machine.patch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
@@ -126,6 +127,25 @@ def test_reasons_against_the_kernels(machine, tmp_path):
     machine.patch.setattr(torch.version, "hip", "6.0")
     assert library.describe("cuda") == "none: there are no compiled kernels for ROCm"
     assert machine.loaded == []
+
+
+def test_the_report_says_what_to_do(machine, monkeypatch, capsys):
+    def kernels():
+        report()
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda kernels"))
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "stand-in")
+    assert "not built yet: an op's first use or `python -m foveal build` does it" in kernels()
+    machine.install(cuda="12.8", torch_cuda="13.0")
+    assert "install CUDA 13's toolkit and name its nvcc in CUDACXX" in kernels()
+    machine.install(cuda="13.0", torch_cuda="13.0")
+    machine.plug_in((7, 5))
+    assert "these GPUs have 7.5; they run on plain PyTorch" in kernels()
+    machine.plug_in()
+    assert "no GPU is visible; TORCH_CUDA_ARCH_LIST=8.0;9.0a (for example) builds for GPUs elsewhere" in kernels()
+    machine.plug_in((9, 0))
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None if "nvcc" in name or "CUDACXX" in name else name)
+    assert "nvcc was not found on the path: install the CUDA toolkit, or name it in CUDACXX" in kernels()
 
 
 def test_a_library_in_the_package_is_found_where_it_serves_the_gpus(machine, tmp_path):
