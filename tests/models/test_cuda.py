@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+import foveal  # noqa: F401 - registers the models
 from tests.helpers import assert_near
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
