@@ -45,7 +45,10 @@ def main() -> None:
 
 def _op_level(given: argparse.Namespace, device: str) -> list[dict]:
     print(f"\n{device}")
-    print(f"{'op':<22}{'stage':<24}{'mode':<10}{'dtype':<10}{'ms':>9}{'reference':>11}{'ratio':>7}{'copies':>8}")
+    print(
+        f"{'op':<22}{'stage':<24}{'mode':<10}{'dtype':<10}{'ms':>9}{'reference':>11}{'ratio':>7}{'copies':>8}"
+        + ("" if device == "cpu" else f"{'FlexAttention':>15}")
+    )
     rows = []
     for stage in operations.STAGES[2:3] if given.quick else operations.STAGES:
         for dtype in ("float32", "bfloat16"):
@@ -56,10 +59,15 @@ def _op_level(given: argparse.Namespace, device: str) -> list[dict]:
                 ):
                     rows.append(row)
                     mode = "training" if training else "forward"
+                    peer = (
+                        f"{row['times_flex']:>14.1f}x"
+                        if "times_flex" in row
+                        else row.get("flex_failed", "").partition("\n")[0][:70]
+                    )
                     print(
                         f"{row['name']:<22}{row['stage']:<24}{mode:<10}{dtype:<10}{row['milliseconds']:>9.2f}"
                         f"{row['reference_milliseconds']:>11.2f}{row['times_the_reference']:>6.1f}x"
-                        f"{row['copies_of_its_bytes']:>8.1f}",
+                        f"{row['copies_of_its_bytes']:>8.1f}{peer}",
                         flush=True,
                     )
     return rows

@@ -1,12 +1,13 @@
 """Op level: each op at the sizes of a model's stages, by backend, beside a copy of the bytes that it must move."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import flex, measure
 from foveal import ops
 from foveal.blocks import LogCPB
 
@@ -43,6 +44,7 @@ class Operation:
     inputs: list[Tensor]
     forward_values: int
     backward_values: int
+    by_flex: Callable[[], Callable[[], Tensor]] | None = None  # makes the same call by FlexAttention
 
 
 def operations(stage: StageShape, batch: int, dtype: torch.dtype, device: str, training: bool) -> list[Operation]:
@@ -65,12 +67,16 @@ def operations(stage: StageShape, batch: int, dtype: torch.dtype, device: str, t
         table, row_index, column_index = LogCPB(heads, device=device)(stage.grid, stage.pool, (56, 56))
     table.requires_grad_(training)
 
-    def attend() -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, heads, 24)).unbind(3)
-        k_pool, v_pool = kv.unflatten(-1, (2, heads, 24)).unbind(3)
+    def attend(function: Callable[..., Tensor] = ops.aggregated_attention, **options) -> Tensor:
+        maps, pools = qkv.unflatten(-1, (3, heads, 24)).unbind(3), kv.unflatten(-1, (2, heads, 24)).unbind(3)
         pool_bias = ops.PositionBias(table, row_index, column_index)
-        flags = {"window_size": 3, "length_scaled": True, "normalize": True}
-        return ops.aggregated_attention(q, k, v, k_pool, v_pool, pool_bias=pool_bias, **parameters, **flags)
+        options = options or {"length_scaled": True, "normalize": True}
+        return function(*maps, *pools, pool_bias=pool_bias, window_size=3, **parameters, **options)
+
+    def attend_by_flex() -> Callable[[], Tensor]:
+        mask = flex.window_mask(stage.grid, rows * columns, 3, x.device)
+        function = flex.aggregated_attention if device == "cpu" else torch.compile(flex.aggregated_attention)
+        return partial(attend, function, block_mask=mask)
 
     cells, pool_cells = batch * height * width, batch * rows * columns
     maps, pools = cells * stage.dim, pool_cells * stage.dim
@@ -85,14 +91,16 @@ def operations(stage: StageShape, batch: int, dtype: torch.dtype, device: str, t
     return [
         Operation("depthwise_gate", gate, [x, weight, bias], 3 * cells * hidden, 5 * cells * hidden),
         Operation("activate_and_pool", pool, [pooled], maps + pools, 2 * maps + pools),
-        Operation("aggregated_attention", attend, attention, 4 * maps + 2 * pools, 8 * maps + 4 * pools),
+        Operation(
+            "aggregated_attention", attend, attention, 4 * maps + 2 * pools, 8 * maps + 4 * pools, attend_by_flex
+        ),
     ]
 
 
 def run(
     stage: StageShape, *, batch: int = 8, dtype: str = "float32", device: str = "cpu", training: bool, rounds: int
 ) -> list[dict]:
-    """Each op of a stage by both backends, and a copy of as many bytes: a row for each."""
+    """Each op of a stage by both backends, on a GPU by FlexAttention, and a copy of as many bytes: a row for each."""
     rows = []
     for operation in operations(stage, batch, getattr(torch, dtype), device, training):
         moved = operation.forward_values + (operation.backward_values if training else 0)
@@ -102,11 +110,23 @@ def run(
         steps = {"copy": lambda source=source, target=target: target.copy_(source)}
         for backend in ("auto", "reference"):
             steps[backend] = _step(operation, backend, training)
+        peer: dict[str, object] = {}
+        if operation.by_flex and device != "cpu":
+            try:
+                steps["flex"] = _step(replace(operation, call=operation.by_flex()), "auto", training)
+                steps["flex"]()
+            except Exception as error:
+                peer["flex_failed"] = f"{type(error).__name__}: {error}"
+                steps.pop("flex", None)
         mode = "forward + backward" if training else "forward"
         title = f"{operation.name}, {mode}, {dtype}, batch {batch}, {stage.name}, {device}"
         timings = measure.paired(steps, rounds=rounds, device=device, title=title)
+        if "flex" in steps:
+            peer["flex_milliseconds"] = 1e3 * timings["flex"].median
+            peer["times_flex"] = timings["auto"].ratio_to(timings["flex"])
         rows.append(
-            {
+            peer
+            | {
                 "level": "op",
                 "title": title,
                 "name": operation.name,
