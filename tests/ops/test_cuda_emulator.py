@@ -13,10 +13,17 @@ def probe(name, correct=True):
     return x, torch.ops.foveal_probes.probe(x, name, correct)
 
 
-def test_barrier_and_what_its_lack_does():
-    x, out = probe("reverse")
+@pytest.mark.parametrize("name", ["reverse", "reverse_late"])
+def test_barrier_and_what_its_lack_does(name):
+    x, out = probe(name)
     assert out.equal(x.flip(0))
-    assert any(probe("reverse", correct=False)[1].isnan().any() for _ in range(3))
+    assert any(probe(name, correct=False)[1].isnan().any() for _ in range(3))
+
+
+def test_matrices_are_read_by_lanes_that_do_not_wait_for_others():
+    x, out = probe("matrices")
+    assert out.equal(x)
+    assert probe("matrices", correct=False)[1].isnan().any()
 
 
 def test_copies_arrive_when_they_are_waited_for():

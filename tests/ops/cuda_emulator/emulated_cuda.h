@@ -1,8 +1,9 @@
 // CUDA's names for the host compiler. Kernels keep their text; every thread of a block is a fiber (emulator.cpp).
 //
-// What it makes visible: a missing barrier (between barriers the threads of a block, and the blocks of a grid, run in
-// random order), shared memory that nobody wrote (it begins as NaN), a copy read before it was waited for (it happens
-// then), a barrier or a warp's operation that not all reach (an error), an address out of step with the size of a load.
+// What it makes visible: a missing barrier (in random order every warp runs as far as it can without the others, and in
+// a warp every lane; so do the blocks of a grid), shared memory that nobody wrote (it begins as NaN), a copy read before
+// it was waited for (it happens then), a barrier or a warp's operation that not all reach (an error), an address out of
+// step with the size of a load.
 // What it cannot show: races within the accesses between two barriers, memory coherence, speed.
 #pragma once
 
@@ -158,22 +159,28 @@ void mma_16x8x8(T, float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
   multiply_fragments<T, 1>(d, a, &b);
 }
 
-inline void load_matrices(uint32_t (&to)[4], const void* row) {
+// Every lane reads its row when it comes, so what others have stored must have been waited for.
+struct MatrixRow {
+  uint16_t values[8];
+};
+inline const emulator::Slot* meet_with_rows(const void* row) {
   emulator::check_aligned(row, 16);
-  const emulator::Slot* rows = emulator::meet_warp(0xffffffff, &row, sizeof row);
+  MatrixRow mine;
+  memcpy(&mine, row, sizeof mine);
+  return emulator::meet_warp(0xffffffff, &mine, sizeof mine);
+}
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  const emulator::Slot* rows = meet_with_rows(row);
   const int group = emulator::lane() / 4, member = emulator::lane() % 4;
-  for (int i = 0; i < 4; ++i) to[i] = emulator::value_of<const uint32_t*>(rows[8 * i + group])[member];
-  __syncwarp();
+  for (int i = 0; i < 4; ++i) memcpy(&to[i], rows[8 * i + group].bytes + 4 * member, 4);
 }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
-  emulator::check_aligned(row, 16);
-  const emulator::Slot* rows = emulator::meet_warp(0xffffffff, &row, sizeof row);
+  const emulator::Slot* rows = meet_with_rows(row);
   const int group = emulator::lane() / 4, member = emulator::lane() % 4;
   for (int i = 0; i < 4; ++i) {
-    const auto at = [&](int r) { return uint32_t(emulator::value_of<const uint16_t*>(rows[8 * i + r])[group]); };
+    const auto at = [&](int r) { return uint32_t(emulator::value_of<MatrixRow>(rows[8 * i + r]).values[group]); };
     to[i] = at(2 * member) | at(2 * member + 1) << 16;
   }
-  __syncwarp();
 }
 
 template <int bytes>

@@ -97,31 +97,32 @@ bool warp_is_complete(size_t first, size_t end, unsigned mask) {
   return true;
 }
 
-// Let go on whoever waits for nobody any more; false if all that are not done wait for ever.
-bool release(size_t threads) {
-  bool any = false, at_barrier = true;
-  for (size_t i = 0; i < threads; ++i) {
-    any = any || fibers[i].state == State::ready;
-    at_barrier = at_barrier && (fibers[i].state == State::at_barrier || fibers[i].state == State::done);
-  }
-  for (size_t i = 0; i < threads && at_barrier; ++i) {
-    if (fibers[i].state == State::at_barrier) fibers[i].state = State::ready, any = true;
-  }
-  for (size_t first = 0; first < threads; first += 32) {
-    const size_t end = std::min(first + 32, threads);
-    for (size_t i = first; i < end; ++i) {
-      if (fibers[i].state != State::in_warp || !warp_is_complete(first, end, fibers[i].mask)) continue;
-      const unsigned mask = fibers[i].mask;
-      const auto meeting = std::make_shared<Meeting>();
-      for (size_t j = first; j < end; ++j) {
-        if (!(mask >> (j - first) & 1) || fibers[j].state != State::in_warp) continue;
-        (*meeting)[j - first] = fibers[j].mine;
-        fibers[j].met = meeting, fibers[j].state = State::ready;
-      }
-      any = true;
+// Let the lanes of a warp go on that wait for nobody any more; false if there are none.
+bool release_warp(size_t first, size_t end) {
+  bool any = false;
+  for (size_t i = first; i < end; ++i) {
+    if (fibers[i].state != State::in_warp || !warp_is_complete(first, end, fibers[i].mask)) continue;
+    const unsigned mask = fibers[i].mask;
+    const auto meeting = std::make_shared<Meeting>();
+    for (size_t j = first; j < end; ++j) {
+      if (!(mask >> (j - first) & 1) || fibers[j].state != State::in_warp) continue;
+      (*meeting)[j - first] = fibers[j].mine;
+      fibers[j].met = meeting, fibers[j].state = State::ready;
     }
+    any = true;
   }
   return any;
+}
+
+// Let all threads go on from a barrier; false if some have not come to it.
+bool release_block(size_t threads) {
+  for (size_t i = 0; i < threads; ++i) {
+    if (fibers[i].state != State::at_barrier && fibers[i].state != State::done) return false;
+  }
+  for (size_t i = 0; i < threads; ++i) {
+    if (fibers[i].state == State::at_barrier) fibers[i].state = State::ready;
+  }
+  return true;
 }
 
 [[noreturn]] void give_up(const char* why) {
@@ -131,22 +132,29 @@ bool release(size_t threads) {
 
 void run_block(size_t threads) {
   memset(shared_begin, 0xff, shared_size);
-  std::vector<size_t> turn(threads);
-  std::iota(turn.begin(), turn.end(), 0);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.state = State::ready, fiber.number = int(i);
     fiber.index = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x % blockDim.y, unsigned(i) / blockDim.x / blockDim.y};
     fiber.groups.clear(), fiber.copies.clear();
   }
+  std::vector<size_t> turn(threads), warps((threads + 31) / 32);
+  std::iota(turn.begin(), turn.end(), 0);
+  std::iota(warps.begin(), warps.end(), 0);
   for (;;) {
-    std::shuffle(turn.begin(), turn.end(), order);
-    for (size_t i : turn) {
-      if (fibers[i].state == State::ready) resume(fibers[i]);
-      if (failure) give_up(failure);
+    std::shuffle(warps.begin(), warps.end(), order);
+    for (size_t warp : warps) {
+      const size_t first = 32 * warp, end = std::min(first + 32, threads);
+      do {
+        std::shuffle(turn.begin() + first, turn.begin() + end, order);
+        for (size_t n = first; n < end; ++n) {
+          if (fibers[turn[n]].state == State::ready) resume(fibers[turn[n]]);
+          if (failure) give_up(failure);
+        }
+      } while (release_warp(first, end));
     }
     if (std::all_of(turn.begin(), turn.end(), [](size_t i) { return fibers[i].state == State::done; })) return;
-    if (!release(threads)) give_up("emulated kernel: threads wait for others that never come");
+    if (!release_block(threads)) give_up("emulated kernel: threads wait for others that never come");
   }
 }
 

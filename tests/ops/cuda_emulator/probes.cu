@@ -26,6 +26,26 @@ __global__ void copy(const float* x, float* out, bool wait) {
   out[threadIdx.x] = row.values[threadIdx.x];
 }
 
+// The warps could seem to be in step.
+__global__ void reverse_late(const float* x, float* out, bool barrier) {
+  Row& row = shared_memory<Row>();
+  for (int n = 0; n < 3; ++n) __syncwarp();
+  row.values[threadIdx.x] = x[threadIdx.x];
+  for (int n = 0; n < 3; ++n) __syncwarp();
+  if (barrier) __syncthreads();
+  out[threadIdx.x] = row.values[threads - 1 - threadIdx.x];
+}
+
+// A lane gets its own value again, by way of a row that three others write to.
+__global__ void matrices(const float* x, float* out, bool wait) {
+  Row& row = shared_memory<Row>();
+  row.values[threadIdx.x] = x[threadIdx.x];
+  if (wait) __syncwarp();
+  uint32_t to[4];
+  load_matrices(to, &row.values[threadIdx.x / 32 * 32 + threadIdx.x % 8 * 4]);
+  out[threadIdx.x] = __uint_as_float(to[0]);
+}
+
 __global__ void half_barrier(const float* x, float* out, bool all) {
   if (all || threadIdx.x < 7) __syncwarp();
   __syncthreads();
@@ -40,7 +60,12 @@ __global__ void sum_of_warp(const float* x, float* out, bool) {
 
 Tensor probe(const Tensor& x, const std::string& name, bool correct) {
   Tensor out = empty(x, {threads}, ScalarType::Float);
-  auto kernel = name == "reverse" ? reverse : name == "copy" ? copy : name == "half_barrier" ? half_barrier : sum_of_warp;
+  auto kernel = name == "reverse"        ? reverse
+                : name == "reverse_late" ? reverse_late
+                : name == "matrices"     ? matrices
+                : name == "copy"         ? copy
+                : name == "half_barrier" ? half_barrier
+                                         : sum_of_warp;
   Device(x).launch(kernel, 1, threads, sizeof(Row), data<float>(x), mutable_data<float>(out), correct);
   return out;
 }
