@@ -158,6 +158,30 @@ def test_large_maps(shape):
     assert scores[-1:].equal(ops.window_scores(q[-1:].clone(), k[-1:].clone(), 3))
 
 
+# (B, H, W, channels of q, k and v): more than 2^31 elements, more images than a grid's second side, a long side
+@pytest.mark.parametrize("shape", [(31, 512, 512, 288), (70_000, 3, 1, 24), (1, 70_000, 3, 24)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_large_maps(shape, dtype):
+    batch = shape[0]
+    needs_memory((60 if dtype == torch.float32 else 30) if batch == 31 else 2)
+    qkv = torch.empty(*shape, dtype=dtype).normal_().requires_grad_()
+    kv = torch.randn(batch, 2, 2, 2 * shape[-1] // 3, dtype=dtype, requires_grad=True)
+    upstream = torch.empty(*shape[:-1], shape[-1] // 3, dtype=dtype).normal_()
+
+    def run(first):
+        """Output and gradients of the images from ``first`` on; q, k, v are strided views of one map."""
+        maps = (qkv[first:].unflatten(-1, (3, -1, 8)).unbind(3), kv[first:].unflatten(-1, (2, -1, 8)).unbind(3))
+        scale = torch.ones(shape[-1] // 24)
+        out = ops.aggregated_attention(
+            *maps[0], *maps[1], window_size=3, scale=scale, length_scaled=True, normalize=True
+        )
+        return out[-1:], *(x[-1:] for x in torch.autograd.grad(out.flatten(3), (qkv, kv), upstream[first:]))
+
+    # A pooled key's gradient sums up to 2^18 queries, in parts that depend on the batch; a wrong address is far off.
+    for whole, last in zip(run(0), run(batch - 1), strict=True):
+        assert (whole - last).abs().max() <= max(1e-3, 2 * torch.finfo(dtype).eps) * last.abs().max()
+
+
 def _gate_gradient(x, weight):
     return torch.ops.foveal.depthwise_gate_backward(x[..., : x.shape[-1] // 2], x, weight, None, "gelu", 1)[0]
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from foveal import ops
 from foveal.ops import reference
@@ -172,17 +173,20 @@ def test_nan_stays_where_it_belongs(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "view",
+    ("dim", "view"),
     [
-        lambda x: x[:, ::2, 1:],
-        lambda x: x.transpose(1, 2),
-        lambda x: x.flip(-1),
-        lambda x: x[:1].expand(3, -1, -1, -1, -1),
-        lambda x: x[..., 1:],
+        (12, lambda x: x[:, ::2, 1:]),
+        (12, lambda x: x.transpose(1, 2)),
+        (12, lambda x: x.flip(-1)),
+        (12, lambda x: x[:1].expand(3, -1, -1, -1, -1)),
+        (12, lambda x: x[..., 1:]),
+        # Rows of whole words that begin between words: all at the same place, or at several.
+        (24, lambda x: F.pad(x.flatten(), (1, 0))[1:].view(x.shape)),
+        (25, lambda x: x[..., 1:]),
     ],
 )
-def test_strided_inputs_and_gradients(view, dtype):
-    q, k, v = (torch.randn(2, 6, 8, 1, 12).to(dtype).requires_grad_() for _ in range(3))
+def test_strided_inputs_and_gradients(dim, view, dtype):
+    q, k, v = (torch.randn(2, 6, 8, 1, dim).to(dtype).requires_grad_() for _ in range(3))
     batch, dim = view(q).shape[0], view(q).shape[-1]
     k_pool, v_pool = (torch.randn(batch, 2, 2, 1, dim).to(dtype).requires_grad_() for _ in range(2))
 
