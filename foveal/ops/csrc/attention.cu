@@ -98,7 +98,7 @@ class Backward {
     const int64_t parts = std::min({ceil_div(4096, blocks), tasks, max_blocks});
     float* to = memory(p_.heads * parts * ParameterGradients(p_.d, p_.cells()).count);
     from_window_ = {to, parts, p_.cells()};
-    const WindowParameterGradients args{int(parts), grad_, statistics_, to};
+    const WindowParameterGradients args{grad_, statistics_, to};
     launch_window_parameter_gradients(device_, dim3(unsigned(blocks), unsigned(parts)), p_, args);
   }
 
@@ -126,7 +126,7 @@ class Backward {
   void start_table(bool in_several) {
     rows_ = inverse(p_.rows, int64_t(p_.height) * p_.pool_height, p_.table_height);
     columns_ = inverse(p_.columns, int64_t(p_.width) * p_.pool_width, p_.table_width);
-    if (in_several) table_total_ = memory(p_.heads * p_.table_height * p_.table_width);
+    if (in_several) table_total_ = memory(int64_t(p_.heads) * p_.table_height * p_.table_width);
   }
 
   void add_to_table(const QueryGradients& from, int groups, const Parameter& gradient) {

@@ -111,7 +111,6 @@ constexpr int pooled_rows = 16 * warps;  // that a block of pooled_gradients kee
 // Of the window's parameters, where the band does not serve: a block for every head, cell of the window and part of the
 // tiles of all images. What it finds lies where ParameterGradients says.
 struct WindowParameterGradients {
-  int parts;
   HeadMap grad;
   QueryStatistics statistics;
   float* parameter_parts;  // (heads, parts, ParameterGradients)

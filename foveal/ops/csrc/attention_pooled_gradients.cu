@@ -71,7 +71,7 @@ pooled_gradients(const __grid_constant__ Attention p, const __grid_constant__ Po
       if (!busy) continue;
 
       Walk cell = Walk::from(first + 2 * member(), p.width);
-#pragma unroll 2
+#pragma unroll (D > 24 ? 1 : 2)
       for (int tile = 0; tile < at_once / 8; tile += 2) {
         float weights[2][4], grads[2][4];
 #pragma unroll

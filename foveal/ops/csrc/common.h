@@ -2,7 +2,8 @@
 //
 // Files: `op.h` holds an op's arguments and the arithmetic of one element, for every target; `op_kernel.cpp` its CPU
 // loops, compiled once per instruction set into a namespace of that name; `op.cpp` takes tensors and is compiled once.
-// `op.cu` is all of the op on a GPU. FOVEAL_CUDA says that one of those is compiled: by nvcc or, for tests, for the host.
+// `op.cu` is all of the op on a GPU (attention's kernels: `attention_*.cu`). FOVEAL_CUDA says that one of those is
+// compiled: by nvcc or, for tests, for the host.
 #pragma once
 
 #include <cstdint>
