@@ -43,20 +43,36 @@ __device__ __forceinline__ float normal_cdf(float x) { return fitted_normal_cdf(
 
 #else
 
-// exp, within 2 units in the last place: 2^n times a minimax polynomial on |r| <= ln(2) / 2. Infinite above 88.4 and
-// zero below -87.7, a little early.
+// 2^r for |r| <= 1/2: a minimax polynomial, its relative error 3e-9 before rounding.
+FOVEAL_INLINE Vector<float> fraction_to_power(Vector<float> r) {
+  Vector<float> p = 1.5594676e-4f * r + 1.34066434e-3f;
+  p = p * r + 9.6176928e-3f;
+  p = p * r + 5.55031039e-2f;
+  p = p * r + 0.240226522f;
+  p = p * r + 0.693147242f;
+  return p * r + 1.0f;
+}
+
+// Adding it to |x| < 2^21 rounds x to an integer n, and leaves n + 127 in the lowest bits: the exponent of 2^n.
+constexpr float rounding_shift = 0x1.8p23f + 127;
+FOVEAL_INLINE Vector<float> rounded_to_power(Vector<float> shifted) { return (Vector<float>)((Bits32)shifted << 23); }
+
+// exp, within 2 units in the last place. Infinite above 88.4 and zero below -87.7, a little early.
 FOVEAL_INLINE Vector<float> exponential(Vector<float> x) {
   x = x < -88.0f ? broadcast(-88.0f) : x > 89.0f ? broadcast(89.0f) : x;
-  const float shift = 0x1.8p23f;
-  const Vector<float> shifted = x * 1.44269504f + shift;
-  const Vector<float> n = shifted - shift;
-  const Vector<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  Vector<float> p = 0.0013814620839287903f * r + 0.008368711941772241f;
-  p = p * r + 0.041668387412738164f;
-  p = p * r + 0.16666520672466223f;
-  p = p * r + 0.49999993450928437f;
-  p = p * r * r + r + 1.0f;
-  return p * (Vector<float>)(((Bits32)shifted + 127) << 23);
+  const Vector<float> shifted = x * 1.44269504f + rounding_shift;
+  const Vector<float> n = shifted - rounding_shift;
+  const Vector<float> r = ((x - n * 0.693145752f) - n * 1.42860677e-6f) * 1.44269504f;
+  return fraction_to_power(r) * rounded_to_power(shifted);
+}
+
+// exp(logit - most), for most of the logits or the logarithm of their sum of exponentials: a weight, or what becomes
+// one. Its error is that of a float32 logit; zero below 1e-38.
+FOVEAL_INLINE Vector<float> softmax_weight(Vector<float> logit, Vector<float> most) {
+  const Vector<float> x = logit * 1.44269504f - most * 1.44269504f;
+  const Vector<float> shifted = x + rounding_shift;
+  const Vector<float> power = fraction_to_power(x - (shifted - rounding_shift)) * rounded_to_power(shifted);
+  return x < -126.0f ? Vector<float>{} : power;
 }
 
 FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) { return fitted_normal_cdf(x); }
@@ -64,6 +80,10 @@ FOVEAL_INLINE Vector<float> normal_cdf(Vector<float> x) { return fitted_normal_c
 FOVEAL_INLINE Vector<double> exponential(Vector<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = exp(x[i]);
   return x;
+}
+
+FOVEAL_INLINE Vector<double> softmax_weight(Vector<double> logit, Vector<double> most) {
+  return exponential(logit - most);
 }
 
 FOVEAL_INLINE Vector<double> normal_cdf(Vector<double> x) {

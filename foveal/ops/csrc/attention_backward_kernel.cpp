@@ -155,7 +155,7 @@ class Backward {
     Sums sums{};
     for (int64_t n = 0; n < p.cells(); ++n) {
       A* near = near_logit_grads + n * lanes<A>;
-      const Vector<A> weight = exponential(load(near) - lse);
+      const Vector<A> weight = softmax_weight(load(near), lse);
       store(near, weight);
       sums.add(weight, load(near_weight_grads + n * lanes<A>));
     }
@@ -205,7 +205,7 @@ class Backward {
       dot<N>(g, upstream.stride(), dim(), SharedRows<A>{rows.pooled_values, dim()}, first, weight_grads);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
-        const Vector<A> weight = exponential(logits[n] - lse);
+        const Vector<A> weight = softmax_weight(logits[n], lse);
         sums.add(weight, weight_grads[n]);
         store(far_weights + (first + n) * lanes<A>, weight);
         store(far_grads + (first + n) * lanes<A>, weight_grads[n]);

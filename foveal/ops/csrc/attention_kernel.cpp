@@ -58,7 +58,7 @@ class Forward {
         }
       });
       if (begin > 0) {
-        const Vector<A> shrink = exponential(before - largest);
+        const Vector<A> shrink = softmax_weight(before, largest);
         total *= shrink;
         for (int64_t c = 0; c < d; ++c) store(sum + c * lanes<A>, load(sum + c * lanes<A>) * shrink);
       }
@@ -86,7 +86,7 @@ class Forward {
   static Vector<A> weights_of_logits(A* logits, int64_t count, Vector<A> largest) {
     Vector<A> total{};
     for (int64_t n = 0; n < count * lanes<A>; n += lanes<A>) {
-      const Vector<A> weight = exponential(load(logits + n) - largest);
+      const Vector<A> weight = softmax_weight(load(logits + n), largest);
       store(logits + n, weight);
       total += weight;
     }

@@ -16,16 +16,17 @@ class VisibleRows {
         keys(arena, p.window_size, p.width, p.d),
         values(arena, p.window_size, p.width, p.d),
         key_factors(arena, p.window_size, p.width, 1),
-        pooled_keys(arena.take<A>(p.keys() * p.d)),
+        pooled_keys(arena.take<A>(padded_keys() * p.d)),
         pooled_values(arena.take<A>(p.keys() * p.d)),
-        pooled_factors(arena.take<A>(p.keys())),
+        pooled_factors(arena.take<A>(padded_keys())),
         cells(arena.take<const A*>(p.cells())),
         pool_bias_(arena.take<const A*>(p.keys())),
         row_bias_(arena.take<A>(p.cells())),
         padded_width_(round_up(p.width, lanes<A>)),
         column_bias_(arena.take<A>(p.window_size * padded_width_)),
         log_length_(arena.take<A>((p.window_size + 1) * padded_width_)),
-        zeros_(arena.take<A>(max_dim)) {}
+        zeros_(arena.take<A>(max_dim)),
+        tile_(arena.take<A>(tile_size<A>)) {}
 
   int64_t dim() const { return D ? D : p.d; }
 
@@ -44,6 +45,7 @@ class VisibleRows {
     values.clear();
     key_factors.clear();
     for (int64_t c = 0; c < max_dim; ++c) zeros_[c] = 0;
+    for (int64_t n = p.keys() * p.d; n < padded_keys() * p.d; ++n) pooled_keys[n] = 0;
     for (int64_t x = 0; x < padded_width_; ++x) {
       for (int64_t n = 0; n < p.window_size; ++n) {
         const int64_t column = x + n - p.radius();
@@ -51,8 +53,11 @@ class VisibleRows {
       }
       for (int64_t n = 0; p.length_scaled && n <= p.window_size; ++n) {
         const int64_t cells_here = x < p.width ? n * cells_inside(x, p.width, p.radius()) : 0;
-        log_length_[n * padded_width_ + x] = __builtin_log(double(cells_here + p.keys()));
+        log_length_[n * padded_width_ + x] = cells_here + p.keys();
       }
+    }
+    for (int64_t n = 0; p.length_scaled && n < (p.window_size + 1) * padded_width_; n += lanes<A>) {
+      store(log_length_ + n, logarithm(load(log_length_ + n)));
     }
   }
 
@@ -61,14 +66,15 @@ class VisibleRows {
     head = h;
     for (int64_t n = 0; n < p.keys(); ++n) {
       const int64_t i = n / p.pool_width, j = n % p.pool_width;
-      A* key = pooled_keys + n * dim();
-      read_pixel(p.k_pool.at(b, i, j, h), p.bfloat16_maps, dim(), key);
+      read_pixel(p.k_pool.at(b, i, j, h), p.bfloat16_maps, dim(), pooled_keys + n * dim());
       read_pixel(p.v_pool.at(b, i, j, h), p.bfloat16_maps, dim(), pooled_values + n * dim());
-      if (!p.normalize) continue;
-      A squares = 0;
-      for (int64_t c = 0; c < dim(); ++c) squares += key[c] * key[c];
-      pooled_factors[n] = normalizing_factor<A>(square_root(broadcast(squares)))[0];
-      for (int64_t c = 0; c < dim(); ++c) key[c] *= pooled_factors[n];
+    }
+    for (int64_t n = 0; p.normalize && n < p.keys(); n += lanes<A>) {
+      A* keys_here[lanes<A>];
+      for (int64_t lane = 0; lane < lanes<A>; ++lane) keys_here[lane] = pooled_keys + (n + lane) * dim();
+      rows_to_tile<A>(keys_here, dim(), tile_, lanes<A>);
+      store(pooled_factors + n, normalize(tile_, lanes<A>));
+      tile_to_rows(tile_, lanes<A>, dim(), keys_here);
     }
   }
 
@@ -181,10 +187,12 @@ class VisibleRows {
   const A** cells;  // working memory for the addresses of a window
 
  private:
+  int64_t padded_keys() const { return round_up(p.keys(), lanes<A>); }
+
   const A** pool_bias_;
   A* row_bias_;
   int64_t padded_width_;
-  A *column_bias_, *log_length_, *zeros_;
+  A *column_bias_, *log_length_, *zeros_, *tile_;
 };
 
 template <int D>

@@ -212,34 +212,50 @@ __attribute__((noinline)) void accumulate_lanes(const A* weights, int64_t count,
 #endif
 #endif
 
+template <class T>
+constexpr int64_t quad = 16 / sizeof(T);
+
+// Of d channels, those that move in quads of 16 bytes; the others move one by one.
+template <class T, class A>
+FOVEAL_INLINE int64_t in_quads(int64_t d) {
+#if defined(FOVEAL_CAN_SHUFFLE)
+  if (sizeof(A) == sizeof(float)) return d / quad<T> * quad<T>;
+#endif
+  return 0;
+}
+
 #if defined(FOVEAL_CAN_SHUFFLE)
 
-// Four channels of lanes<float> rows, a quad each; row 4 q + r is quad q of the vector for `rows + r`.
-FOVEAL_INLINE Vector<float> load_quads(const float* const* rows, int64_t c) {
+// 16 bytes of each of lanes<float> rows, a quad each; row 4 q + r is quad q of the vector for `rows + r`.
+template <class T>
+FOVEAL_INLINE Vector<float> load_quads(const T* const* rows, int64_t c) {
+  const auto at = [&](int64_t row) { return reinterpret_cast<const float*>(rows[row] + c); };
 #if defined(__AVX512F__)
-  __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + c));
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[4] + c), 1);
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[8] + c), 2);
-  return (Vector<float>)_mm512_insertf32x4(x, _mm_loadu_ps(rows[12] + c), 3);
+  __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(at(0)));
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(at(4)), 1);
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(at(8)), 2);
+  return (Vector<float>)_mm512_insertf32x4(x, _mm_loadu_ps(at(12)), 3);
 #elif defined(__AVX2__)
-  const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(rows[0] + c));
-  return (Vector<float>)_mm256_insertf128_ps(x, _mm_loadu_ps(rows[4] + c), 1);
+  const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(at(0)));
+  return (Vector<float>)_mm256_insertf128_ps(x, _mm_loadu_ps(at(4)), 1);
 #else
-  return load(rows[0] + c);
+  return load(at(0));
 #endif
 }
 
-FOVEAL_INLINE void store_quads(float* const* rows, int64_t c, Vector<float> x) {
+template <class T>
+FOVEAL_INLINE void store_quads(T* const* rows, int64_t c, Vector<float> x) {
+  const auto at = [&](int64_t row) { return reinterpret_cast<float*>(rows[row] + c); };
 #if defined(__AVX512F__)
-  _mm_storeu_ps(rows[0] + c, _mm512_castps512_ps128((__m512)x));
-  _mm_storeu_ps(rows[4] + c, _mm512_extractf32x4_ps((__m512)x, 1));
-  _mm_storeu_ps(rows[8] + c, _mm512_extractf32x4_ps((__m512)x, 2));
-  _mm_storeu_ps(rows[12] + c, _mm512_extractf32x4_ps((__m512)x, 3));
+  _mm_storeu_ps(at(0), _mm512_castps512_ps128((__m512)x));
+  _mm_storeu_ps(at(4), _mm512_extractf32x4_ps((__m512)x, 1));
+  _mm_storeu_ps(at(8), _mm512_extractf32x4_ps((__m512)x, 2));
+  _mm_storeu_ps(at(12), _mm512_extractf32x4_ps((__m512)x, 3));
 #elif defined(__AVX2__)
-  _mm_storeu_ps(rows[0] + c, _mm256_castps256_ps128((__m256)x));
-  _mm_storeu_ps(rows[4] + c, _mm256_extractf128_ps((__m256)x, 1));
+  _mm_storeu_ps(at(0), _mm256_castps256_ps128((__m256)x));
+  _mm_storeu_ps(at(4), _mm256_extractf128_ps((__m256)x, 1));
 #else
-  store(rows[0] + c, x);
+  store(at(0), x);
 #endif
 }
 
@@ -260,41 +276,55 @@ FOVEAL_INLINE void transpose_quads(Vector<float> (&x)[4], std::integer_sequence<
 
 #endif
 
-// rows[lane][c] to tile[c * stride + lane], and back from a tile without gaps.
-template <class A>
-FOVEAL_INLINE void rows_to_tile(const A* const* rows, int64_t d, A* tile, int64_t stride) {
-  int64_t quads = 0;
+// rows[lane][c] to tile[c * stride + lane], and back. T: A, or bfloat16, of which a quad holds four pairs of channels.
+template <class T, class A>
+FOVEAL_INLINE void rows_to_tile(const T* const* rows, int64_t d, A* tile, int64_t stride) {
+  const int64_t whole = in_quads<T, A>(d);
 #if defined(FOVEAL_CAN_SHUFFLE)
-  if constexpr (sizeof(A) == sizeof(float)) {
-    quads = d / 4;
-    for (int64_t c = 0; c < 4 * quads; c += 4) {
-      Vector<float> x[4];
-      for (int r = 0; r < 4; ++r) x[r] = load_quads(rows + r, c);
-      transpose_quads(x, std::make_integer_sequence<int, lanes<float>>{});
-      for (int r = 0; r < 4; ++r) store(tile + (c + r) * stride, x[r]);
+  for (int64_t c = 0; c < whole; c += quad<T>) {
+    Vector<float> x[4];
+    for (int r = 0; r < 4; ++r) x[r] = load_quads(rows + r, c);
+    transpose_quads(x, std::make_integer_sequence<int, lanes<float>>{});
+    for (int r = 0; r < 4; ++r) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        store(tile + (c + r) * stride, x[r]);
+      } else if constexpr (sizeof(T) < sizeof(float)) {
+        store(tile + (c + 2 * r) * stride, (Vector<float>)((Bits32)x[r] << 16));
+        store(tile + (c + 2 * r + 1) * stride, (Vector<float>)((Bits32)x[r] & 0xffff0000));
+      }
     }
   }
 #endif
-  for (int64_t c = 4 * quads; c < d; ++c)
-    for (int lane = 0; lane < lanes<A>; ++lane) tile[c * stride + lane] = rows[lane][c];
+  for (int64_t c = whole; c < d; ++c) {
+    T column[lanes<A>];
+    for (int lane = 0; lane < lanes<A>; ++lane) column[lane] = rows[lane][c];
+    store(tile + c * stride, load<A>(column));
+  }
 }
 
-template <class A>
-FOVEAL_INLINE void tile_to_rows(const A* tile, int64_t stride, int64_t d, A* const* rows) {
-  int64_t quads = 0;
+template <class T, class A>
+FOVEAL_INLINE void tile_to_rows(const A* tile, int64_t stride, int64_t d, T* const* rows) {
+  const int64_t whole = in_quads<T, A>(d);
 #if defined(FOVEAL_CAN_SHUFFLE)
-  if constexpr (sizeof(A) == sizeof(float)) {
-    quads = d / 4;
-    for (int64_t c = 0; c < 4 * quads; c += 4) {
-      Vector<float> x[4];
-      for (int r = 0; r < 4; ++r) x[r] = load(tile + (c + r) * stride);
-      transpose_quads(x, std::make_integer_sequence<int, lanes<float>>{});
-      for (int r = 0; r < 4; ++r) store_quads(rows + r, c, x[r]);
+  for (int64_t c = 0; c < whole; c += quad<T>) {
+    Vector<float> x[4];
+    for (int r = 0; r < 4; ++r) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        x[r] = load(tile + (c + r) * stride);
+      } else if constexpr (sizeof(T) < sizeof(float)) {
+        const Bits32 even = rounded(load(tile + (c + 2 * r) * stride));
+        x[r] = (Vector<float>)(even | rounded(load(tile + (c + 2 * r + 1) * stride)) << 16);
+      }
     }
+    transpose_quads(x, std::make_integer_sequence<int, lanes<float>>{});
+    for (int r = 0; r < 4; ++r) store_quads(rows + r, c, x[r]);
   }
 #endif
-  for (int64_t c = 4 * quads; c < d; ++c)
-    for (int lane = 0; lane < lanes<A>; ++lane) rows[lane][c] = tile[c * stride + lane];
+  for (int64_t c = whole; c < d; ++c) {
+    T column[lanes<A>];
+    store(column, load(tile + c * stride));
+    for (int lane = 0; lane < lanes<A>; ++lane) rows[lane][c] = column[lane];
+  }
 }
 
 // d channels of one pixel, to and from the type computed in.

@@ -66,11 +66,15 @@ FOVEAL_INLINE Vector<S> load(const bfloat16* from) {
 template <class S>
 FOVEAL_INLINE void store(S* to, Vector<S> x) { __builtin_memcpy(to, &x, sizeof x); }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
-FOVEAL_INLINE void store(bfloat16* to, Vector<float> x) {
+// bfloat16, in the low half of every lane; rounds to nearest, ties to even; NaN stays NaN.
+FOVEAL_INLINE Bits32 rounded(Vector<float> x) {
   const Bits32 bits = (Bits32)x;
-  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const HalfBits half = __builtin_convertvector(x == x ? rounded : Bits32{} + 0x7fc0, HalfBits);
+  const Bits32 half = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? half : Bits32{} + 0x7fc0;
+}
+
+FOVEAL_INLINE void store(bfloat16* to, Vector<float> x) {
+  const HalfBits half = __builtin_convertvector(rounded(x), HalfBits);
   __builtin_memcpy(to, &half, sizeof half);
 }
 

@@ -20,7 +20,7 @@ class MapTiles {
         width_(width),
         max_channels_(max_channels),
         zeros_(arena.take<A>(max_channels)),
-        pixels_(arena.take<A>(max_channels * lanes<A>)) {}
+        dropped_(arena.take<A>(max_channels)) {}
 
   void clear() { __builtin_memset(zeros_, 0, max_channels_ * sizeof(A)); }
 
@@ -29,38 +29,46 @@ class MapTiles {
 
   // Lanes outside the map become zero.
   FOVEAL_INLINE void load(const HeadMap& map, Place place, int64_t channels, A* tile, int64_t stride) const {
-    const int64_t valid = valid_lanes(place.x);
-    const char* from = map.at(place.image, place.y, place.x, place.head);
-    const A* rows[lanes<A>];
-    for (int64_t lane = 0; lane < valid; ++lane, from += map.column) {
-      __builtin_prefetch(from + map.row);  // the next row's pixel, which the CPU does not foresee
-      __builtin_prefetch(from + map.row + 64);
-      A* pixel = pixels_ + lane * max_channels_;
-      if (bfloat16_maps_) read_pixel(from, true, channels, pixel);
-      rows[lane] = bfloat16_maps_ ? pixel : reinterpret_cast<const A*>(from);
-    }
-    for (int64_t lane = valid; lane < lanes<A>; ++lane) rows[lane] = zeros_;
-    rows_to_tile(rows, channels, tile, stride);
+    with_stored([&](auto type) {
+      using T = typename decltype(type)::type;
+      const T* rows[lanes<A>];
+      const char* from = map.at(place.image, place.y, place.x, place.head);
+      const int64_t valid = valid_lanes(place.x);
+      for (int64_t lane = 0; lane < valid; ++lane, from += map.column) {
+        __builtin_prefetch(from + map.row);  // the next row's pixel, which the CPU does not foresee
+        __builtin_prefetch(from + map.row + 64);
+        rows[lane] = reinterpret_cast<const T*>(from);
+      }
+      for (int64_t lane = valid; lane < lanes<A>; ++lane) rows[lane] = reinterpret_cast<const T*>(zeros_);
+      rows_to_tile(rows, channels, tile, stride);
+    });
   }
 
   FOVEAL_INLINE void store(const A* tile, int64_t channels, const HeadMap& map, Place place) const {
-    const int64_t valid = valid_lanes(place.x);
-    char* to = map.at(place.image, place.y, place.x, place.head);
-    A* rows[lanes<A>];
-    for (int64_t lane = 0; lane < lanes<A>; ++lane) {
-      const bool direct = !bfloat16_maps_ && lane < valid;
-      rows[lane] = direct ? reinterpret_cast<A*>(to + lane * map.column) : pixels_ + lane * max_channels_;
-    }
-    tile_to_rows(tile, lanes<A>, channels, rows);
-    for (int64_t lane = 0; bfloat16_maps_ && lane < valid; ++lane) {
-      write_pixel(rows[lane], true, channels, to + lane * map.column);
-    }
+    with_stored([&](auto type) {
+      using T = typename decltype(type)::type;
+      T* rows[lanes<A>];
+      char* to = map.at(place.image, place.y, place.x, place.head);
+      const int64_t valid = valid_lanes(place.x);
+      for (int64_t lane = 0; lane < lanes<A>; ++lane) {
+        rows[lane] = reinterpret_cast<T*>(lane < valid ? to + lane * map.column : reinterpret_cast<char*>(dropped_));
+      }
+      tile_to_rows(tile, lanes<A>, channels, rows);
+    });
   }
 
  private:
+  template <class F>
+  FOVEAL_INLINE void with_stored(const F& f) const {
+    if constexpr (sizeof(A) == sizeof(float)) {
+      if (bfloat16_maps_) return f(Type<bfloat16>());
+    }
+    f(Type<A>());
+  }
+
   bool bfloat16_maps_;
   int64_t width_, max_channels_;
-  A *zeros_, *pixels_;
+  A *zeros_, *dropped_;
 };
 
 // Transposed rows of a map, only as many as a window is high, and a row of zeros. The zeros between one channel and the
