@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from foveal.blocks.activation import activation_name
 from foveal.blocks.checks import check_map
+from foveal.blocks.inference import normalize
 from foveal.blocks.initialization import init_convolution
 from foveal.ops import activate_and_pool
 
@@ -46,4 +47,4 @@ class ActivateAndPool(nn.Module):
         check_map(x, self.dim)
         x, name = self.proj(x), activation_name(self.act)
         pooled = activate_and_pool(self.act(x), grid, "identity") if name is None else activate_and_pool(x, grid, name)
-        return self.norm(pooled)
+        return normalize(pooled, self.norm)

@@ -1,9 +1,11 @@
-"""What inference on the CPU may do that training may not: work through a batch in slices, take layers apart."""
+"""What inference on the CPU may do that training may not: slice a batch, take layers apart, join them to others."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from foveal.ops import add_layer_norm
 
 # Of an intermediate. The allocator maps what is larger than 32 MiB anew at every call, and faulting the pages in takes
 # longer than the layer that fills them; half of that was the best of 4 to 32 MiB, measured with 2 threads.
@@ -38,3 +40,22 @@ def in_slices(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor
     if images >= x.shape[0]:
         return function(x)
     return torch.cat([function(part) for part in x.split(images)])
+
+
+def normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    """``norm(x)``; in inference on the CPU foveal's kernel runs for a plain LayerNorm."""
+    return add_and_normalize(x, None, norm)[1]
+
+
+def add_and_normalize(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``x + branch`` (x for None) and ``norm`` of it, for a plain LayerNorm in one pass in inference on the CPU."""
+    if isinstance(norm, nn.LayerNorm) and _is_over_channels(norm) and not isinstance(x, fx.Proxy):
+        if infers_on_cpu(x, norm.training):
+            return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
+    if branch is not None:
+        x = x + branch
+    return x, norm(x)
+
+
+def _is_over_channels(norm: nn.LayerNorm) -> bool:
+    return type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 and not has_hooks(norm)

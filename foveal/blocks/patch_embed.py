@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from foveal.blocks.checks import check_map, check_positive
+from foveal.blocks.inference import normalize
 from foveal.blocks.initialization import init_convolution
 
 
@@ -46,4 +47,4 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.in_chans)
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return normalize(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.norm)

@@ -12,6 +12,7 @@ from foveal.blocks.activate_and_pool import ActivateAndPool
 from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import Grid, check_heads, check_map, check_positive, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
+from foveal.blocks.inference import infers_on_cpu, is_plain_linear
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
 from foveal.blocks.replaced import may_take_apart
@@ -142,7 +143,8 @@ class PixelFocusedAttention(nn.Module):
         return self.pool_grid or (max(1, grid[0] // self.pool_ratio), max(1, grid[1] // self.pool_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = aggregated_attention(**self._operands(x), dropout_p=self.attn_drop if self.training else 0.0)
+        operands = self._operands(x, may_leave_bias=True)
+        out = aggregated_attention(**operands, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.flatten(3)))
 
     def attention_weights(self, x: Tensor) -> AttentionWeights:
@@ -160,12 +162,15 @@ class PixelFocusedAttention(nn.Module):
             positional = (positional * inside[:, :, None]).unflatten(-1, cells)
         return AttentionWeights(window.unflatten(-1, cells), pool.unflatten(-1, k_pool.shape[1:3]), positional)
 
-    def _operands(self, x: Tensor) -> dict[str, Any]:
-        """The arguments of the op."""
+    def _operands(self, x: Tensor, may_leave_bias: bool = False) -> dict[str, Any]:
+        """The arguments of the op, with the bias of q, k and v apart where that saves a pass over them."""
         check_map(x, self.dim)
         grid = x.shape[1], x.shape[2]
         key_grid = self.key_grid(grid)
-        q, k, v = self._heads(self.qkv(x), 3)
+        bias = None
+        if may_leave_bias and infers_on_cpu(x, self.training) and is_plain_linear(self.qkv):
+            bias = self.qkv.bias
+        q, k, v = self._heads(self.qkv(x) if bias is None else F.linear(x, self.qkv.weight), 3)
         k_pool, v_pool = self._heads(self._pooled_kv(self.pool(x, key_grid)), 2)
         return {
             "q": q,
@@ -182,6 +187,7 @@ class PixelFocusedAttention(nn.Module):
             "pool_bias": self._pool_bias(grid, key_grid),
             "positional_tokens": self.positional_tokens,
             "positional_bias": self.positional_bias,
+            **({} if bias is None else {"input_bias": bias.unflatten(0, (3, self.num_heads, -1))}),
         }
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveal.blocks import OverlapPatchEmbed
 from foveal.blocks.checks import check_probability
 from foveal.blocks.factory import call, located
+from foveal.blocks.inference import add_and_normalize, normalize
 from foveal.models.dry_run import output_shape
 
 Factory = Callable[..., nn.Module]
@@ -68,8 +69,9 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        branch = self.drop_path(self.scale1(self.mixer(normalize(x, self.norm1))))
+        x, normed = add_and_normalize(x, branch, self.norm2)
+        return x + self.drop_path(self.scale2(self.mlp(normed)))
 
 
 class StageModule(nn.Module):
@@ -85,7 +87,7 @@ class StageModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
-        return self.norm(x)
+        return normalize(x, self.norm)
 
 
 def build_downsample(spec: Stage, index: int, in_chans: int, dd: dict[str, Any]) -> nn.Module:

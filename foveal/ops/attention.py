@@ -6,7 +6,7 @@ from torch import Tensor
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_same_device, check_same_dtype, check_shape, check_window_size
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
-from foveal.ops.backend import runs_compiled, unserved_dtype
+from foveal.ops.backend import infers_compiled, runs_compiled, unserved_dtype
 from foveal.ops.position_bias import PositionBias
 
 _MAX_DIM = 128
@@ -29,6 +29,7 @@ def aggregated_attention(
     pool_bias: PositionBias | None = None,
     positional_tokens: Tensor | None = None,
     positional_bias: Tensor | None = None,
+    input_bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Attend from every cell to the window around it and to a pooled map, in one softmax (equations 1-4 and 10-14).
@@ -58,6 +59,8 @@ def aggregated_attention(
         pool_bias: bias of the pooled logits, from the query grid (H, W) to the key grid (Hp, Wp).
         positional_tokens: ``(heads, d, k * k)``; the query's product with them is added to the window's weights.
         positional_bias: ``(heads, k * k)``, added to the window's weights.
+        input_bias: ``(3, heads, d)``, added to q, k and v first. The bias of the Linear that makes them, given here and
+            not there, saves a pass over them in inference on the CPU.
         dropout_p: probability with which a weight of the softmax is dropped.
 
     Returns:
@@ -80,6 +83,7 @@ def aggregated_attention(
         ("window_bias", window_bias, (heads, cells), "(heads, k * k)"),
         ("positional_tokens", positional_tokens, (heads, dim, cells), "(heads, d, k * k)"),
         ("positional_bias", positional_bias, (heads, cells), "(heads, k * k)"),
+        ("input_bias", input_bias, (3, heads, dim), "(3, heads, d)"),
     ):
         if parameter is not None:
             check_shape(name, parameter, shape, axes)
@@ -95,19 +99,30 @@ def aggregated_attention(
 
     check_same_device(
         q,
+        input_bias=input_bias,
         **{"k": k, "v": v, "k_pool": k_pool, "v_pool": v_pool, "scale": scale, "query_embedding": query_embedding},
         **{"window_bias": window_bias, "positional_tokens": positional_tokens, "positional_bias": positional_bias},
         **{"pool_bias.table": table, "pool_bias.row_index": rows, "pool_bias.column_index": columns},
     )
     pooled = (k_pool, v_pool, scale, query_embedding, window_bias, table, rows, columns)
-    tensors = (q, k, v, *pooled, positional_tokens, positional_bias)
-    if runs_compiled("aggregated_attention", q, _unsupported(q, k_pool, dropout_p)):
-        return torch.ops.foveal.aggregated_attention(*tensors, window_size, length_scaled, normalize)[0]
-    return reference.aggregated_attention(*tensors, window_size, length_scaled, normalize, dropout_p)
+    others = (*pooled, positional_tokens, positional_bias)
+    options = (window_size, length_scaled, normalize)
+    unsupported = _unsupported(q, k_pool, dropout_p)
+    if input_bias is not None:
+        if infers_compiled("aggregated_attention", q, k, v, *others, input_bias, unsupported=unsupported):
+            return torch.ops.foveal.aggregated_attention_with_input_bias(input_bias, q, k, v, *others, *options)
+        q, k, v = _biased(input_bias, q, k, v)
+    if runs_compiled("aggregated_attention", q, [*unserved_dtype(q), *unsupported]):
+        return torch.ops.foveal.aggregated_attention(q, k, v, *others, *options)[0]
+    return reference.aggregated_attention(q, k, v, *others, *options, dropout_p)
+
+
+def _biased(input_bias: Tensor, *maps: Tensor) -> list[Tensor]:
+    return [(x + bias).to(x.dtype) for x, bias in zip(maps, input_bias, strict=True)]
 
 
 def _unsupported(q: Tensor, k_pool: Tensor, dropout_p: float) -> list[str]:
-    reasons = unserved_dtype(q)
+    reasons = []
     if k_pool.shape[1] * k_pool.shape[2] == 0:
         reasons.append("a pooled map without cells is not served")
     if dropout_p > 0:
@@ -131,6 +146,10 @@ _OPTIONS = "int window_size, bool length_scaled, bool normalize"
 def _default(*args) -> tuple[Tensor, Tensor]:
     out, lse = reference.aggregated_attention_with_lse(*args)
     return out.contiguous(), lse.contiguous()
+
+
+def _default_with_input_bias(input_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> Tensor:
+    return reference.aggregated_attention(*_biased(input_bias, q, k, v), *args).contiguous()
 
 
 def _fake(q: Tensor, *args) -> tuple[Tensor, Tensor]:
@@ -170,6 +189,13 @@ declare(
     default=_default,
     fake=_fake,
     flops=_flops,
+)
+declare(
+    "aggregated_attention_with_input_bias",
+    f"(Tensor input_bias, {_TENSORS}, {_OPTIONS}) -> Tensor",
+    default=_default_with_input_bias,
+    fake=lambda input_bias, q, *args: q.new_empty(q.shape),
+    flops=lambda input_bias, *args, out_shape=None: _flops(*args),
 )
 declare(
     "aggregated_attention_backward",

@@ -80,6 +80,12 @@ def runs_compiled(op: str, x: Tensor, unsupported: Sequence[str] = ()) -> bool:
     return not reasons
 
 
+def infers_compiled(op: str, x: Tensor, *others: Tensor | None, unsupported: Sequence[str] = ()) -> bool:
+    """Whether a call that nobody differentiates runs compiled on the CPU, which has kernels for inference alone."""
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+    return x.device.type == "cpu" and not differentiated and runs_compiled(op, x, [*unserved_dtype(x), *unsupported])
+
+
 def unserved_dtype(x: Tensor) -> list[str]:
     """The reason against the dtype of the activations, if there is one."""
     served = COMPILED_DTYPES.get(x.device.type, ())

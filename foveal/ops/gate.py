@@ -6,7 +6,7 @@ from torch import Tensor
 from foveal.ops import reference
 from foveal.ops._checks import check_choice, check_dim, check_floating, check_same_device, check_shape
 from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
-from foveal.ops.backend import runs_compiled, unserved_dtype
+from foveal.ops.backend import infers_compiled, runs_compiled, unserved_dtype
 
 
 def depthwise_gate(
@@ -46,21 +46,13 @@ def depthwise_gate(
     check_same_device(x, weight=weight, bias=bias, input_bias=input_bias)
     if input_bias is not None:
         check_shape("input_bias", input_bias, (2 * channels,), "(2C,)")
-        if _fuses_input_bias(x, weight, bias, input_bias):
+        # Large kernels would lose digits where little of them is on the map.
+        if size <= 7 and infers_compiled("depthwise_gate", x, weight, bias, input_bias):
             return torch.ops.foveal.depthwise_gate_with_input_bias(x, input_bias, weight, bias, act)
         x = (x + input_bias).to(x.dtype)
     if runs_compiled("depthwise_gate", x, unserved_dtype(x)):
         return torch.ops.foveal.depthwise_gate(x, weight, bias, act)
     return reference.depthwise_gate(x, weight, bias, act)
-
-
-def _fuses_input_bias(x: Tensor, weight: Tensor, *parameters: Tensor | None) -> bool:
-    """Only in inference on the CPU, and not for large kernels, which lose digits where little of them is on the map."""
-    parameters = (weight, *parameters)
-    differentiated = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
-    if x.device.type != "cpu" or differentiated or weight.shape[-1] > 7:
-        return False
-    return runs_compiled("depthwise_gate", x, unserved_dtype(x))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:

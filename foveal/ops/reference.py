@@ -179,6 +179,14 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "g
     return (ACTIVATIONS[act](depthwise_convolution(gate, weight, bias)) * value).to(x.dtype)
 
 
+def add_layer_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``x + y`` and its LayerNorm over channels: ``(*, C)``. PyTorch's own operators, also under autocast."""
+    total = x if y is None else x + y
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
 @_without_autocast
 def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""

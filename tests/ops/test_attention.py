@@ -95,7 +95,7 @@ def make(case, dtype=torch.float32, parameter_dtype=None, without=(), bias=relat
     # The scale's gradient is one sum over all queries, whose terms cancel: it has a test of its own.
     tensors = {name: None if name in without else x.requires_grad_(name != "scale") for name, x in tensors.items()}
 
-    def function(*values, length_scaled=True, normalize=True):
+    def function(*values, length_scaled=True, normalize=True, input_bias=None):
         named = dict(zip(tensors, values, strict=True))
         q, k, v = named.pop("qkv").unflatten(-1, (3, heads, dim)).unbind(3)
         k_pool, v_pool = named.pop("kv").unflatten(-1, (2, heads, dim)).unbind(3)
@@ -111,6 +111,7 @@ def make(case, dtype=torch.float32, parameter_dtype=None, without=(), bias=relat
             window_size=case.window,
             length_scaled=length_scaled,
             normalize=normalize,
+            input_bias=input_bias,
         )
 
     return function, list(tensors.values())
@@ -430,3 +431,45 @@ def test_working_memory_is_written_before_it_is_read_with_any_instructions(instr
     )
     environment = {**os.environ, "MALLOC_PERTURB_": "85", "FOVEAL_CPU_ISA": instructions}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def with_input_bias(case, *args, **options):
+    """The bias of the projection of q, k and v is the last tensor."""
+    function, tensors = make(case, *args)
+    tensors = [None if t is None else t.detach() for t in tensors]
+    bias = torch.randn(3, case.heads, case.dim).to(tensors[0].dtype)
+    return lambda *t: function(*t[:-1], input_bias=t[-1], **options), [*tensors, bias]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bias_of_the_input_without_a_pass_of_its_own(case, dtype):
+    with poisoned_memory():
+        assert_as_accurate(*with_input_bias(case, dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{"normalize": False}, {"length_scaled": False}], ids=str)
+def test_bias_of_the_input_with_options(options):
+    assert_as_accurate(*with_input_bias(CASES[4], **options))
+
+
+@needs_compiler
+def test_bias_of_the_input_has_a_gradient():
+    function, tensors = with_input_bias(CASES[4])
+    assert_as_accurate(function, [tensors[0], *(None if t is None else t.requires_grad_() for t in tensors[1:])])
+
+
+@needs_compiler
+def test_opcheck_of_the_inference_op():
+    case = Case((3, 4), (2, 2), heads=1, dim=8)
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in raw_arguments(case)]
+    bias = torch.randn(3, 1, 8)
+    torch.library.opcheck(torch.ops.foveal.aggregated_attention_with_input_bias.default, (bias, *arguments))
+
+
+def test_bias_of_the_input_must_fit():
+    function, tensors = make(CASES[4])
+    with pytest.raises(ValueError, match=r"input_bias must have shape \(3, heads, d\) = \(3, 3, 24\), got \(3, 24\)"):
+        function(*tensors, input_bias=torch.randn(3, 24))

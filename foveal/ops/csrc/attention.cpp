@@ -92,11 +92,11 @@ class Call {
     return x;
   }
 
- private:
   const A* parameter(const std::optional<Tensor>& x) {
     return x ? static_cast<const A*>(keep(dense(*x, computed)).const_data_ptr()) : nullptr;
   }
 
+ private:
   void add_pool_bias(const Tensor& table, const Tensor& rows, const Tensor& column_index) {
     BiasTable<A>& bias = problem.pool_bias;
     const Tensor row_index = keep(dense(rows, ScalarType::Long));
@@ -121,8 +121,9 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-std::tuple<Tensor, Tensor> attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& scale,
+// The log-sum-exp, like the output's first four dimensions, is for the backward: with an input bias there is none.
+std::tuple<Tensor, Tensor> attention_with(
+    const std::optional<Tensor>& input_bias, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& scale,
     const std::optional<Tensor>& query_embedding, const std::optional<Tensor>& window_bias,
     const std::optional<Tensor>& pool_bias, const std::optional<Tensor>& pool_rows,
     const std::optional<Tensor>& pool_columns, const std::optional<Tensor>& positional_tokens,
@@ -134,12 +135,35 @@ std::tuple<Tensor, Tensor> attention(
     Call<A> call(q, k, v, k_pool, v_pool, scale, optional, window_size, length_scaled, normalize);
     AttentionProblem<A>& p = call.problem;
     Tensor out = empty(q, {p.batch, p.height, p.width, p.heads, p.d}, q.scalar_type());
-    Tensor lse = empty(q, {p.batch, p.height, p.width, p.heads}, compute_type(q));
+    Tensor lse = input_bias ? no_gradient(q) : empty(q, {p.batch, p.height, p.width, p.heads}, compute_type(q));
     p.out = head_map(out);
-    p.lse = static_cast<A*>(lse.data_ptr());
+    p.lse = input_bias ? nullptr : static_cast<A*>(lse.data_ptr());
+    p.input_bias = call.parameter(input_bias);
     if (out.numel() > 0) attention_forward(p);
     return std::make_tuple(out, lse);
   });
+}
+
+std::tuple<Tensor, Tensor> attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& scale,
+    const std::optional<Tensor>& query_embedding, const std::optional<Tensor>& window_bias,
+    const std::optional<Tensor>& pool_bias, const std::optional<Tensor>& pool_rows,
+    const std::optional<Tensor>& pool_columns, const std::optional<Tensor>& positional_tokens,
+    const std::optional<Tensor>& positional_bias, int64_t window_size, bool length_scaled, bool normalize) {
+  return attention_with(std::nullopt, q, k, v, k_pool, v_pool, scale, query_embedding, window_bias, pool_bias, pool_rows,
+                        pool_columns, positional_tokens, positional_bias, window_size, length_scaled, normalize);
+}
+
+Tensor attention_with_input_bias(
+    const Tensor& input_bias, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool,
+    const Tensor& v_pool, const Tensor& scale, const std::optional<Tensor>& query_embedding,
+    const std::optional<Tensor>& window_bias, const std::optional<Tensor>& pool_bias,
+    const std::optional<Tensor>& pool_rows, const std::optional<Tensor>& pool_columns,
+    const std::optional<Tensor>& positional_tokens, const std::optional<Tensor>& positional_bias, int64_t window_size,
+    bool length_scaled, bool normalize) {
+  return std::get<0>(attention_with(input_bias, q, k, v, k_pool, v_pool, scale, query_embedding, window_bias, pool_bias,
+                                    pool_rows, pool_columns, positional_tokens, positional_bias, window_size,
+                                    length_scaled, normalize));
 }
 
 // Bytes of the bias table's gradients by part of the rows; huge tables are shared by fewer, larger parts.
@@ -273,5 +297,6 @@ Gradients attention_gradients(
 
 STABLE_TORCH_LIBRARY_IMPL(foveal, CPU, m) {
   m.impl("aggregated_attention", TORCH_BOX(&foveal::attention));
+  m.impl("aggregated_attention_with_input_bias", TORCH_BOX(&foveal::attention_with_input_bias));
   m.impl("aggregated_attention_backward", TORCH_BOX(&foveal::attention_gradients));
 }

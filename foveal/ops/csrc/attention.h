@@ -22,7 +22,8 @@ struct AttentionProblem {
   RowParts row_parts;
   bool bfloat16_maps, length_scaled, normalize;
   HeadMap q, k, v, k_pool, v_pool, out;
-  A* lse;                      // (B, H, W, heads)
+  A* lse;                      // (B, H, W, heads); null where nobody asks for it
+  const A* input_bias;         // (3, heads, d), added to q, k and v
   const A* scale;              // (heads,)
   const A* query_embedding;    // (heads, d)
   const A* window_bias;        // (heads, k * k)

@@ -89,11 +89,11 @@ class Backward {
   void finish() {
     const ParameterGradients places(p.d, p.cells());
     A* to = args.parameter_parts + (head * p.parts() + part) * places.count;
-    to[places.scale] = sum_of_lanes(scale_sum);
-    for (int64_t c = 0; c < dim(); ++c) to[places.query_embedding + c] = sum_of_lanes(embedding_sums + c * lanes<A>);
+    to[places.scale] = sum_of_lanes(load(scale_sum));
+    for (int64_t c = 0; c < dim(); ++c) to[places.query_embedding + c] = sum_of_lanes(load(embedding_sums + c * lanes<A>));
     for (int64_t n = 0; n < p.cells(); ++n) {
-      to[places.window_bias + n] = sum_of_lanes(window_bias_sums + n * lanes<A>);
-      to[places.positional_bias + n] = sum_of_lanes(positional_bias_sums + n * lanes<A>);
+      to[places.window_bias + n] = sum_of_lanes(load(window_bias_sums + n * lanes<A>));
+      to[places.positional_bias + n] = sum_of_lanes(load(positional_bias_sums + n * lanes<A>));
       __builtin_memcpy(to + places.positional_tokens + n * dim(), token_sums + n * padded_d, dim() * sizeof(A));
     }
   }
@@ -105,12 +105,6 @@ class Backward {
   static void fill_zeros(A* to, int64_t count) { __builtin_memset(to, 0, count * sizeof(A)); }
 
   static void add(A* to, Vector<A> x) { store(to, load(to) + x); }
-
-  static A sum_of_lanes(const A* from) {
-    A sum = 0;
-    for (int lane = 0; lane < lanes<A>; ++lane) sum += from[lane];
-    return sum;
-  }
 
   // The gradient of x from that of x / |x|, whose factor 1 / |x| is given.
   void unnormalize(A* grad, const A* unit, int64_t stride, Vector<A> factor) const {

@@ -38,7 +38,7 @@ class Forward {
  private:
   void tile(int64_t x) {
     const int64_t d = rows.dim();
-    rows.load_tile(p.q, rows.row, x, query, lanes<A>);
+    rows.load_tile(p.q, rows.row, x, query, lanes<A>, rows.input_bias(0));
     if (p.normalize) rows.normalize(query, lanes<A>);
     rows.embed(query, x, embedded, lanes<A>);
     rows.window_logits(embedded, lanes<A>, x, near);
@@ -77,6 +77,7 @@ class Forward {
     accumulate(near_weights, p.cells(), WindowRows<A>{rows.cells, rows.values.stride()}, d, sum);
 
     rows.store_tile(sum, p.out, rows.row, x);
+    if (!p.lse) return;
     const Vector<A> lse = largest + logarithm(total);
     A* to = p.lse + ((rows.image * p.height + rows.row) * p.width + x) * p.heads + rows.head;
     for (int64_t lane = 0; lane < rows.tiles.valid_lanes(x); ++lane) to[lane * p.heads] = lse[lane];

@@ -30,9 +30,12 @@ class VisibleRows {
 
   int64_t dim() const { return D ? D : p.d; }
 
-  void load_tile(const HeadMap& map, int64_t y, int64_t x, A* tile, int64_t stride) const {
-    tiles.load(map, {image, head, y, x}, dim(), tile, stride);
+  void load_tile(const HeadMap& map, int64_t y, int64_t x, A* tile, int64_t stride, const A* added = nullptr) const {
+    tiles.load(map, {image, head, y, x}, dim(), tile, stride, added);
   }
+
+  // Of q, k or v: of map 0, 1 or 2.
+  const A* input_bias(int64_t map) const { return p.input_bias ? p.input_bias + (map * p.heads + head) * dim() : nullptr; }
 
   void store_tile(const A* tile, const HeadMap& map, int64_t y, int64_t x) const {
     tiles.store(tile, dim(), map, {image, head, y, x});
@@ -83,9 +86,9 @@ class VisibleRows {
     if (y < 0 || y >= p.height) return;
     for (int64_t x = 0; x < p.width; x += lanes<A>) {
       A* key = keys.at(y, x);
-      load_tile(p.k, y, x, key, keys.stride());
+      load_tile(p.k, y, x, key, keys.stride(), input_bias(1));
       if (p.normalize) store(key_factors.at(y, x), normalize(key, keys.stride()));
-      load_tile(p.v, y, x, values.at(y, x), values.stride());
+      load_tile(p.v, y, x, values.at(y, x), values.stride(), input_bias(2));
     }
   }
 

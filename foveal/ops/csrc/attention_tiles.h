@@ -63,16 +63,6 @@ FOVEAL_INLINE void in_even_blocks(int64_t total, const F& f) {
 
 // ---- arithmetic of lanes
 
-FOVEAL_INLINE Vector<float> square_root(Vector<float> x) {
-  for (int lane = 0; lane < lanes<float>; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
-  return x;
-}
-
-FOVEAL_INLINE Vector<double> square_root(Vector<double> x) {
-  for (int lane = 0; lane < lanes<double>; ++lane) x[lane] = __builtin_sqrt(x[lane]);
-  return x;
-}
-
 // The logarithm of finite numbers >= 1, within 2 units in the last place: that of the power of two, plus a minimax
 // polynomial of the rest, which lies in [sqrt(1/2), sqrt(2)).
 FOVEAL_INLINE Vector<float> logarithm(Vector<float> x) {

@@ -88,6 +88,32 @@ FOVEAL_INLINE Vector<float> divide(Vector<float> p, Vector<float> q) {
 #endif
 }
 
+FOVEAL_INLINE Vector<float> square_root(Vector<float> x) {
+  for (int lane = 0; lane < lanes<float>; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+}
+
+FOVEAL_INLINE Vector<double> square_root(Vector<double> x) {
+  for (int lane = 0; lane < lanes<double>; ++lane) x[lane] = __builtin_sqrt(x[lane]);
+  return x;
+}
+
+FOVEAL_INLINE float sum_of_lanes(Vector<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0;
+  for (int lane = 0; lane < lanes<float>; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
+
+FOVEAL_INLINE double sum_of_lanes(Vector<double> x) {
+  double sum = 0;
+  for (int lane = 0; lane < lanes<double>; ++lane) sum += x[lane];
+  return sum;
+}
+
 // The first `count` lanes alone; the others load as zero.
 template <class S, class T>
 FOVEAL_INLINE Vector<S> load(const T* from, int64_t count) {

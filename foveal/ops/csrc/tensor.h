@@ -69,13 +69,16 @@ inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  Tensor result =
-      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+  Tensor result = torch::stable::new_empty(like, shape, dtype);
 #if !defined(FOVEAL_CUDA)
   ask_for_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
 #endif
   return result;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
 // What a backward op returns for a gradient that nobody asked for.

@@ -20,15 +20,20 @@ class MapTiles {
         width_(width),
         max_channels_(max_channels),
         zeros_(arena.take<A>(max_channels)),
+        ones_(arena.take<A>(2 * lanes<A>)),
         dropped_(arena.take<A>(max_channels)) {}
 
-  void clear() { __builtin_memset(zeros_, 0, max_channels_ * sizeof(A)); }
+  void clear() {
+    __builtin_memset(zeros_, 0, max_channels_ * sizeof(A));
+    for (int64_t lane = 0; lane < 2 * lanes<A>; ++lane) ones_[lane] = lane < lanes<A>;
+  }
 
   // How many lanes of a tile at column x lie on the map.
   int64_t valid_lanes(int64_t x) const { return least(width_ - x, int64_t(lanes<A>)); }
 
-  // Lanes outside the map become zero.
-  FOVEAL_INLINE void load(const HeadMap& map, Place place, int64_t channels, A* tile, int64_t stride) const {
+  // Lanes outside the map become zero. `added`, where given, has an addend for every channel of the map.
+  FOVEAL_INLINE void load(const HeadMap& map, Place place, int64_t channels, A* tile, int64_t stride,
+                          const A* added = nullptr) const {
     with_stored([&](auto type) {
       using T = typename decltype(type)::type;
       const T* rows[lanes<A>];
@@ -41,6 +46,9 @@ class MapTiles {
       }
       for (int64_t lane = valid; lane < lanes<A>; ++lane) rows[lane] = reinterpret_cast<const T*>(zeros_);
       rows_to_tile(rows, channels, tile, stride);
+      if (!added) return;
+      const Vector<A> on_map = FOVEAL_ISA::load(ones_ + lanes<A> - valid);
+      for (int64_t c = 0; c < channels; ++c) FOVEAL_ISA::store(tile + c * stride, FOVEAL_ISA::load(tile + c * stride) + added[c] * on_map);
     });
   }
 
@@ -68,7 +76,7 @@ class MapTiles {
 
   bool bfloat16_maps_;
   int64_t width_, max_channels_;
-  A *zeros_, *dropped_;
+  A *zeros_, *ones_, *dropped_;  // of the ones, a vector's are followed by a vector of zeros
 };
 
 // Transposed rows of a map, only as many as a window is high, and a row of zeros. The zeros between one channel and the

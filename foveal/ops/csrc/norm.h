@@ -1,0 +1,20 @@
+// add_layer_norm: the sum of two maps and its LayerNorm over channels.
+#pragma once
+
+#include "common.h"
+
+namespace foveal {
+
+// Rows of `channels`, dense. Without `added` nothing is added, and there is no `sum`. Parameters are of the type computed
+// in, null where absent.
+struct NormProblem {
+  int64_t rows, channels;
+  double eps;
+  Dtype dtype;
+  const void *x, *added, *weight, *bias;
+  void *sum, *norm;
+};
+
+}  // namespace foveal
+
+FOVEAL_KERNEL(add_layer_norm_forward, NormProblem)

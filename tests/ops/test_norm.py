@@ -1,0 +1,141 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from foveal import ops
+from tests.ops.helpers import CAP, DTYPES, SLACK, needs_compiler, poisoned_memory
+
+# Rows shorter than a vector, of one, ending within one; fewer rows than are normalised together, and none.
+SHAPES = [(2, 3, 5, 72), (3, 1), (5, 7), (4, 16), (9, 33), (1, 1, 64), (130, 576), (0, 8), (2, 0, 24)]
+SERVED = [dtype for dtype in DTYPES if dtype != torch.float16]
+
+
+def operands(shape, dtype, parameters=True):
+    x, y = (3 * torch.randn(shape) + 5).to(dtype), torch.randn(shape).to(dtype)
+    weight, bias = (torch.randn(shape[-1]).to(dtype) if parameters else None for _ in range(2))
+    return x, y, weight, bias
+
+
+def plain(x, y, weight, bias, eps=1e-5):
+    total = x if y is None else x + y
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def assert_accurate(x, y, weight, bias, eps=1e-5):
+    with torch.no_grad(), ops.backend("compiled"), poisoned_memory():
+        total, norm = ops.add_layer_norm(x, y, weight, bias, eps)
+    expected_total, theirs = plain(x, y, weight, bias, eps)
+    assert total.equal(expected_total)
+    assert norm.dtype == x.dtype
+    # The norm of the sum as it was stored.
+    exact = plain(*(None if t is None else t.double() for t in (expected_total, None, weight, bias)), eps)[1]
+    if exact.numel() == 0:
+        assert norm.shape == exact.shape
+        return
+    scale = exact.abs().max().clamp(min=1)
+    error, bound = ((t.double() - exact).abs().max() for t in (norm, theirs))
+    assert error <= 2 * bound + SLACK[x.dtype] * scale
+    assert error <= CAP[x.dtype] * scale
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compiled_is_as_accurate_as_pytorch(shape, dtype):
+    x, y, weight, bias = operands(shape, dtype)
+    assert_accurate(x, y, weight, bias)
+    assert_accurate(x, None, weight, bias)
+
+
+@needs_compiler
+@pytest.mark.parametrize("missing", [(0,), (1,), (0, 1)])
+def test_parameters_are_optional(missing):
+    x, y, *parameters = operands((3, 40), torch.float32)
+    assert_accurate(x, y, *(None if i in missing else p for i, p in enumerate(parameters)))
+
+
+@needs_compiler
+def test_a_large_mean_costs_no_digits():
+    x, y, weight, bias = operands((6, 100), torch.float32)
+    assert_accurate(x + 1e4, y, weight, bias)
+    assert_accurate(torch.full_like(x, 7.0), None, weight, bias, eps=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channel", [0, 71])
+def test_nan_and_infinity_stay_in_their_row(value, channel):
+    x, y, weight, bias = operands((9, 72), torch.bfloat16)
+    clean = x.clone()
+    x[4, channel] = value
+    with torch.no_grad(), ops.backend("compiled"):
+        (_, norm), (_, expected) = (ops.add_layer_norm(t, y, weight, bias) for t in (x, clean))
+    assert norm[4].isnan().all()
+    others = torch.arange(9) != 4
+    assert norm[others].equal(expected[others])
+
+
+@needs_compiler
+@pytest.mark.parametrize("view", [lambda x: x[:, ::2], lambda x: x.transpose(0, 1), lambda x: x.flip(-1)])
+def test_strided_inputs(view):
+    x, y, weight, bias = operands((4, 6, 24), torch.float32)
+    assert_accurate(view(x), view(y), weight, bias)
+
+
+def test_without_a_branch_the_stream_is_returned_itself():
+    x, _, weight, bias = operands((2, 3, 24), torch.float32)
+    for name in ("auto", "reference"):
+        with torch.no_grad(), ops.backend(name):
+            assert ops.add_layer_norm(x, None, weight, bias)[0] is x
+
+
+def test_has_the_gradients_of_pytorch():
+    inputs = [t.requires_grad_() for t in operands((3, 5), torch.float64)]
+    assert torch.autograd.gradcheck(ops.add_layer_norm, inputs)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_mixed_dtypes_are_pytorchs(dtypes):
+    x, y, weight, bias = operands((3, 24), torch.float32)
+    x, y = x.to(dtypes[0]), y.to(dtypes[1])
+    with torch.no_grad():
+        ours, theirs = ops.add_layer_norm(x, y, weight, bias), plain(x, y, weight, bias)
+        assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_is_pytorchs():
+    x, y, weight, bias = operands((3, 24), torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = ops.add_layer_norm(x, y, weight, bias), plain(x, y, weight, bias)
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+
+
+@needs_compiler
+def test_registration():
+    x, y, weight, bias = operands((2, 3, 24), torch.float32)
+    for args in ((x, y, weight, bias, 1e-5), (x, None, None, bias, 1e-6)):
+        torch.library.opcheck(torch.ops.foveal.add_layer_norm.default, args)
+
+
+def test_compiles_as_one_graph():
+    torch._dynamo.reset()
+    x, y, weight, bias = operands((2, 3, 24), torch.float32)
+    compiled = torch.compile(ops.add_layer_norm, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, y, weight, bias), plain(x, y, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 8, dtype=torch.int64), None), "x must be floating point"),
+        ((torch.ones(2, 8), torch.ones(8)), "y must have shape that of x = (2, 8), got (8,)"),
+        ((torch.ones(2, 8), None, torch.ones(4)), "weight must have shape (C,) = (8,), got (4,)"),
+        ((torch.ones(2, 8), None, None, torch.ones(2, 8)), "bias must have shape (C,) = (8,), got (2, 8)"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        ops.add_layer_norm(*arguments)
+    assert message in str(error.value)
