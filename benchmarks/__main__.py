@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--level", choices=("all", "op", "model"), default="all", help="which tables (default: all)")
     here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=here, help="one device (default: the CPU and, where there is one, the GPU)")
-    parser.add_argument("--variant", default="transnext_tiny", help="the variant at model level (default: %(default)s)")
+    parser.add_argument("--variant", default="transnext_tiny", help="the variant beside the peers (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds of each table (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
     parser.add_argument(
@@ -80,7 +80,8 @@ def _model_level(given: argparse.Namespace, device: str) -> list[dict]:
             continue
         print(f"\n{case.title}")
         print(f"{'':<36}{'images/s':>10}{'ms':>10}{'of floor':>10}{'foveal is':>11}{'peak MB':>10}")
-        for row in models.run(case, rounds=given.rounds, peers=not given.no_peers):
+        peers = not given.no_peers and case.variant == given.variant
+        for row in models.run(case, rounds=given.rounds, peers=peers):
             rows.append(row)
             if "failed" in row:
                 print(f"{row['name']:<36}{row['failed'][:70]:>10}", flush=True)

@@ -71,6 +71,7 @@ def _both_layers(rows, columns, weight1, bias1, weight2, bias2, out_shape=None) 
 MISSING_IN_TORCH: dict[Any, _Formula] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 _PAPERS_RULE: dict[Any, _Formula] = {
     torch.ops.aten.native_layer_norm: _ten_an_element,
+    torch.ops.foveal.add_layer_norm: _ten_an_element,
     torch.ops.aten._adaptive_avg_pool2d: _two_an_element,
     torch.ops.foveal.activate_and_pool: _two_an_element,
     torch.ops.foveal.log_cpb_table: _both_layers,
