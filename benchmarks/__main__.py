@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--level", choices=("all", "op", "model"), default="all", help="which tables (default: all)")
     here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=here, help="one device (default: the CPU and, where there is one, the GPU)")
-    parser.add_argument("--variant", default="transnext_tiny", help="the variant beside the peers (default: %(default)s)")
+    parser.add_argument("--variant", default="transnext_tiny", help="that beside the peers (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds of each table (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """What inference on the CPU may do that training may not: slice a batch, take layers apart, join them to others."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +14,9 @@ SLICE_BYTES = 16 << 20
 
 
 def infers_on_cpu(x: Tensor, training: bool) -> bool:
-    return not (training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.device.type == "cpu"
+    if training or torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(x, fx.Proxy):
+        return False
+    return x.device.type == "cpu"
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -24,6 +27,11 @@ def has_hooks(module: nn.Module) -> bool:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling a module means ``F.linear`` of its weight and bias and nothing else."""
     return type(module) is nn.Linear and not has_hooks(module)
+
+
+def is_plain_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether calling a module means ``F.layer_norm`` over channels and nothing else."""
+    return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and not has_hooks(module)
 
 
 def in_slices(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
@@ -49,13 +57,8 @@ def normalize(x: Tensor, norm: nn.Module) -> Tensor:
 
 def add_and_normalize(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """``x + branch`` (x for None) and ``norm`` of it, for a plain LayerNorm in one pass in inference on the CPU."""
-    if isinstance(norm, nn.LayerNorm) and _is_over_channels(norm) and not isinstance(x, fx.Proxy):
-        if infers_on_cpu(x, norm.training):
-            return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
+    if is_plain_layer_norm(norm) and infers_on_cpu(x, norm.training):
+        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
     if branch is not None:
         x = x + branch
     return x, norm(x)
-
-
-def _is_over_channels(norm: nn.LayerNorm) -> bool:
-    return type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 and not has_hooks(norm)

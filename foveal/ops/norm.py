@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_floating, check_shape
+from foveal.ops._checks import check_floating, check_same_device, check_shape
 from foveal.ops._library import declare
 from foveal.ops.backend import infers_compiled
 
@@ -37,6 +37,7 @@ def add_layer_norm(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_shape(name, parameter, x.shape[-1:], "(C,)")
+    check_same_device(x, y=y, weight=weight, bias=bias)
     others = [t for t in (y, weight, bias) if t is not None]
     mixed = torch.is_autocast_enabled("cpu") or any(t.dtype != x.dtype for t in others)
     if mixed or not infers_compiled("add_layer_norm", x, *others):

@@ -1,12 +1,23 @@
-"""Inference on the CPU in slices of the batch gives what the whole batch gives."""
+"""Inference on the CPU, in slices of the batch and with layers joined, gives what the plain way gives."""
 
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from foveal.blocks import GLU, ConvGLU, ConvGLUType1, ConvGLUType2, ConvGLUType3, inference
+from foveal.blocks import (
+    GLU,
+    AggregatedAttention,
+    ConvGLU,
+    ConvGLUType1,
+    ConvGLUType2,
+    ConvGLUType3,
+    inference,
+    pixel_focused_attention,
+)
+from foveal.models.stage import Block
 from tests.helpers import assert_near, randomised
 
 
@@ -83,3 +94,91 @@ def test_adapted_layers_are_called():
     expected = block(x).detach()
     with torch.inference_mode():
         assert_near(block(x), expected, tol=1e-6)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """How often a norm was joined to what stands before it."""
+    calls = []
+    original = inference.add_layer_norm
+    monkeypatch.setattr(inference, "add_layer_norm", lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+def block_of(norms=nn.LayerNorm):
+    mixer = AggregatedAttention(24, num_heads=2, pool_ratio=2, pretrain_grid=(6, 6))
+    return randomised(Block(24, mixer, ConvGLU(24), [norms(24), norms(24)], lambda dim: nn.Identity(), 0.0)).eval()
+
+
+def test_norms_and_biases_joined_to_their_neighbours_change_nothing(joined):
+    block, x = block_of(), torch.randn(2, 6, 5, 24)
+    plain = block(x).detach()
+    assert not joined
+    with torch.no_grad():
+        assert_near(block(x), plain, tol=1e-6)
+    assert len(joined) == 3  # two of the block, one of the pooled map
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("window_bias", ["learned", None])
+def test_the_bias_of_the_projection_is_left_to_the_attention(bias, window_bias, monkeypatch):
+    seen = []
+    original = pixel_focused_attention.aggregated_attention
+    monkeypatch.setattr(
+        pixel_focused_attention,
+        "aggregated_attention",
+        lambda **operands: seen.append(operands.get("input_bias")) or original(**operands),
+    )
+    mixer = AggregatedAttention(24, num_heads=2, pool_ratio=2, qkv_bias=bias, window_bias=window_bias)
+    mixer, x = randomised(mixer).eval(), torch.randn(2, 6, 5, 24)
+    plain = mixer(x).detach()
+    with torch.no_grad():
+        assert_near(mixer(x), plain, tol=1e-6)
+        assert [b is not None for b in seen] == [False, bias]
+        hook = mixer.qkv.register_forward_hook(lambda *_: None)
+        mixer(x)
+        hook.remove()
+    assert seen[-1] is None
+    weights = mixer.attention_weights(x)
+    with torch.no_grad():
+        assert_near(mixer.attention_weights(x).pool, weights.pool.detach(), tol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2"])
+def test_a_hook_of_a_norm_sees_what_is_normalised(name, joined):
+    block, x, seen = block_of(), torch.randn(2, 6, 5, 24), []
+    getattr(block, name).register_forward_hook(lambda module, args, out: seen.append((args[0].detach(), out.detach())))
+    block(x)
+    with torch.no_grad():
+        block(x)
+    for ours, theirs in zip(*seen, strict=True):
+        assert_near(ours, theirs, tol=1e-6)
+    assert len(joined) == 2
+
+
+@pytest.mark.parametrize("norms", [nn.RMSNorm, timm.layers.LayerNorm], ids=lambda n: n.__name__)
+def test_other_norms_are_called(norms, joined):
+    block, x = block_of(norms), torch.randn(2, 6, 5, 24)
+    plain = block(x).detach()
+    with torch.no_grad():
+        assert_near(block(x), plain, tol=1e-6)
+    assert len(joined) == 1
+
+
+def test_a_norm_over_several_dimensions_is_called():
+    norm, x = randomised(nn.LayerNorm((5, 24))).eval(), torch.randn(2, 6, 5, 24)
+    with torch.no_grad():
+        assert inference.normalize(x, norm).equal(norm(x))
+
+
+def test_a_trace_without_gradients_calls_the_norms(joined):
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, qualified_name):
+            return not isinstance(module, Block)
+
+    block, x = block_of(), torch.randn(2, 6, 5, 24)
+    with torch.no_grad():
+        graph = Tracer().trace(block)
+        assert not joined
+        assert_near(torch.fx.GraphModule(block, graph)(x), block(x), tol=1e-6)
+    assert {"norm1", "norm2"} <= {node.target for node in graph.nodes}
