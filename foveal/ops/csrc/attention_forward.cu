@@ -214,7 +214,6 @@ attention_forward(const __grid_constant__ Attention p, const HeadMap out, float*
   scale.set_lengths(p, place);
   Floats<4> bias[Pool::tiles];  // of a chunk: of the only one, for all images
   const auto keep_bias = [&](int tile, const Floats<4>& found) { bias[tile] = found; };
-  for_bias<Pool::tiles>(p, place, 0, keep_bias);
 
   const int first_image = blockIdx.y * images_per_block;
   const int end_image = first_image + images_per_block < p.batch ? first_image + images_per_block : p.batch;
@@ -246,7 +245,7 @@ attention_forward(const __grid_constant__ Attention p, const HeadMap out, float*
     for (int first = 0; first < p.keys(); first += Pool::size) {
       if (first > 0) s.pooled.replace(p, image, place.head, first, s.query_embedding);
       if (place.row >= p.height) continue;  // the warp
-      if (p.keys() > Pool::size) for_bias<Pool::tiles>(p, place, first, keep_bias);
+      if (p.keys() > Pool::size || image == first_image) for_bias<Pool::tiles>(p, place, first, keep_bias);
       add_pooled<T, D>(softmax, p, queries, scale, s.pooled, first, bias);
     }
     if (place.row >= p.height) continue;

@@ -312,7 +312,6 @@ query_gradients(const __grid_constant__ Attention p, const __grid_constant__ Que
   scale.set_lengths(p, place);
   float bias_grads[Pool::tiles][4] = {};
   const auto keep_bias = [&](int tile, const Floats<4>& found) { store(s.bias[tile][threadIdx.x], found); };
-  for_bias<Pool::tiles>(p, place, 0, keep_bias);
   float scale_grad = 0;
   for (int c = lane(); c < D; c += 32) s.embedding_grads[warp()][c] = 0;
   for (auto& grads : s.token_grads) store(grads[threadIdx.x], Floats<4>{});
@@ -358,12 +357,12 @@ query_gradients(const __grid_constant__ Attention p, const __grid_constant__ Que
     scale.set_units(work.queries, p.normalize);
     work.start();
     const bool in_one_chunk = p.keys() <= Pool::size;
-    // The keys of every chunk, and the bias of those that are not there from the beginning.
+    // The keys of every chunk, and their bias: that of a single chunk stays for all images.
     const auto for_chunks = [&](bool again, const auto& visit) {
       for (int first = 0; first < p.keys(); first += Pool::size) {
-        if (!in_one_chunk && (first > 0 || again)) s.pooled.replace(p, image, place.head, first, s.query_embedding);
+        if (first > 0 || (again && !in_one_chunk)) s.pooled.replace(p, image, place.head, first, s.query_embedding);
         if (!busy) continue;
-        if (!in_one_chunk) for_bias<Pool::tiles>(p, place, first, keep_bias);
+        if (!in_one_chunk || (image == first_image && !again)) for_bias<Pool::tiles>(p, place, first, keep_bias);
         visit(first);
       }
     };
@@ -375,11 +374,11 @@ query_gradients(const __grid_constant__ Attention p, const __grid_constant__ Que
     if (!pooled) continue;
     for_chunks(true, [&](int first) {
       work.pooled_chunk(first, bias_grads);
-      if (a.table_sums && !in_one_chunk) put_bias_grads(first, image > first_image);
+      const bool summed = !in_one_chunk || image + 1 == end_image;
+      if (a.table_sums && summed) put_bias_grads(first, !in_one_chunk && image > first_image);
     });
     if (busy) work.finish(scale_grad);
   }
-  if (a.table_sums && p.keys() <= Pool::size && busy) put_bias_grads(0, false);
 
   if (!a.parameter_parts) return;
   constexpr int cells = banded ? 9 : 0;
