@@ -69,7 +69,7 @@ FOVEAL_INLINE Vector<float> exponential(Vector<float> x) {
 // exp(logit - most), for most of the logits or the logarithm of their sum of exponentials: a weight, or what becomes
 // one. Its error is that of a float32 logit; zero below 1e-38.
 FOVEAL_INLINE Vector<float> softmax_weight(Vector<float> logit, Vector<float> most) {
-  const Vector<float> x = logit * 1.44269504f - most * 1.44269504f;
+  const Vector<float> x = (logit - most) * 1.44269504f;
   const Vector<float> shifted = x + rounding_shift;
   const Vector<float> power = fraction_to_power(x - (shifted - rounding_shift)) * rounded_to_power(shifted);
   return x < -126.0f ? Vector<float>{} : power;
