@@ -5,6 +5,7 @@ Every table is measured in paired rounds: the contenders take turns, so that a n
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,23 +34,22 @@ def main() -> None:
     if torch.cuda.is_available():
         report["machine"]["gpu"] = torch.cuda.get_device_name()
     print("  ".join(f"{name} {value}" for name, value in report["machine"].items()), flush=True)
-    for device in [given.device] if given.device else here:
-        if given.level in ("all", "op"):
-            report["rows"] += _op_level(given, device)
-        if given.level in ("all", "model"):
-            report["rows"] += _model_level(given, device)
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(report, indent=1) + "\n")
+    levels = [level for name, level in (("op", _op_level), ("model", _model_level)) if given.level in ("all", name)]
+    for device in [given.device] if given.device else here:
+        for level in levels:
+            for row in level(given, device):
+                report["rows"].append(row)  # written at once: a long run that ends early keeps what it has
+                given.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {given.output}")
 
 
-def _op_level(given: argparse.Namespace, device: str) -> list[dict]:
+def _op_level(given: argparse.Namespace, device: str) -> Iterator[dict]:
     print(f"\n{device}")
     print(
         f"{'op':<22}{'stage':<24}{'mode':<10}{'dtype':<10}{'ms':>9}{'reference':>11}{'ratio':>7}{'copies':>8}"
         + ("" if device == "cpu" else f"{'FlexAttention':>15}")
     )
-    rows = []
     for stage in operations.STAGES[2:3] if given.quick else operations.STAGES:
         for dtype in ("float32", "bfloat16"):
             for training in (False, True):
@@ -57,7 +57,7 @@ def _op_level(given: argparse.Namespace, device: str) -> list[dict]:
                 for row in operations.run(
                     stage, batch=batch, dtype=dtype, device=device, training=training, rounds=given.rounds
                 ):
-                    rows.append(row)
+                    yield row
                     mode = "training" if training else "forward"
                     peer = (
                         f"{row['times_flex']:>14.1f}x"
@@ -70,11 +70,9 @@ def _op_level(given: argparse.Namespace, device: str) -> list[dict]:
                         f"{row['copies_of_its_bytes']:>8.1f}{peer}",
                         flush=True,
                     )
-    return rows
 
 
-def _model_level(given: argparse.Namespace, device: str) -> list[dict]:
-    rows = []
+def _model_level(given: argparse.Namespace, device: str) -> Iterator[dict]:
     for case in models.cases(given.variant, device, given.quick):
         if given.only not in case.title:
             continue
@@ -82,7 +80,7 @@ def _model_level(given: argparse.Namespace, device: str) -> list[dict]:
         print(f"{'':<36}{'images/s':>10}{'ms':>10}{'of floor':>10}{'foveal is':>11}{'peak MB':>10}")
         peers = not given.no_peers and case.variant == given.variant
         for row in models.run(case, rounds=given.rounds, peers=peers):
-            rows.append(row)
+            yield row
             if "failed" in row:
                 print(f"{row['name']:<36}{row['failed'][:70]:>10}", flush=True)
                 continue
@@ -92,7 +90,6 @@ def _model_level(given: argparse.Namespace, device: str) -> list[dict]:
                 f"{row['of_linear_floor']:>10.2f}{row['foveal_is_times']:>10.2f}x{memory}",
                 flush=True,
             )
-    return rows
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def machine(device: str) -> dict[str, object]:
     return {
         "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
+        "huge pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",  # for all tensors of 2 MB and more
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
