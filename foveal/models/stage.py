@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveal.blocks import OverlapPatchEmbed
 from foveal.blocks.checks import check_probability
 from foveal.blocks.factory import call, located
-from foveal.blocks.inference import add_and_normalize, normalize
+from foveal.blocks.inference import add_and_normalize, has_hooks, infers_on_cpu
 from foveal.models.dry_run import output_shape
 
 Factory = Callable[..., nn.Module]
@@ -69,9 +69,14 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.drop_path(self.scale1(self.mixer(normalize(x, self.norm1))))
-        x, normed = add_and_normalize(x, branch, self.norm2)
-        return x + self.drop_path(self.scale2(self.mlp(normed)))
+        x, branch = self.branch_from(x, None)
+        return x + branch
+
+    def branch_from(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block of ``x + branch`` (None: of x), with its last sum left open: whatever normalises it may add it."""
+        x, normed = add_and_normalize(x, branch, self.norm1)
+        x, normed = add_and_normalize(x, self.drop_path(self.scale1(self.mixer(normed))), self.norm2)
+        return x, self.drop_path(self.scale2(self.mlp(normed)))
 
 
 class StageModule(nn.Module):
@@ -86,8 +91,20 @@ class StageModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
+        if infers_on_cpu(x, self.training) and not has_hooks(self.blocks):
+            return self._inferred(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
-        return normalize(x, self.norm)
+        return self.norm(x)
+
+    def _inferred(self, x: Tensor) -> Tensor:
+        """``norm(blocks(x))`` with the sums between blocks joined to the norms after them."""
+        branch = None
+        for block in self.blocks:
+            if type(block) is Block:
+                x, branch = block.branch_from(x, branch)
+            else:
+                x, branch = block(x if branch is None else x + branch), None
+        return add_and_normalize(x, branch, self.norm)[1]
 
 
 def build_downsample(spec: Stage, index: int, in_chans: int, dd: dict[str, Any]) -> nn.Module:

@@ -17,7 +17,7 @@ from foveal.blocks import (
     inference,
     pixel_focused_attention,
 )
-from foveal.models.stage import Block
+from foveal.models.stage import Block, StageModule
 from tests.helpers import assert_near, randomised
 
 
@@ -142,6 +142,23 @@ def test_the_bias_of_the_projection_is_left_to_the_attention(bias, window_bias, 
     weights = mixer.attention_weights(x)
     with torch.no_grad():
         assert_near(mixer.attention_weights(x).pool, weights.pool.detach(), tol=1e-6)
+
+
+@pytest.mark.parametrize("replaced", [None, 0, 1, 2])
+def test_sums_between_blocks_joined_to_the_next_norm_change_nothing(replaced, joined):
+    blocks = [block_of() for _ in range(3)]
+    if replaced is not None:
+        blocks[replaced] = nn.Linear(24, 24)
+    stage = randomised(StageModule(nn.Identity(), blocks, nn.LayerNorm(24))).eval()
+    x = torch.randn(2, 6, 5, 24)
+    plain = stage(x).detach()
+    with torch.no_grad():
+        assert_near(stage(x), plain, tol=1e-6)
+        calls, seen = [args[1] is not None for args in joined if args[0].shape == x.shape], []
+        stage.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+        assert_near(stage(x), plain, tol=1e-6)
+    assert sum(calls) == {None: 6, 0: 4, 1: 3, 2: 3}[replaced]
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("name", ["norm1", "norm2"])

@@ -266,9 +266,15 @@ FOVEAL_INLINE void transpose_quads(Vector<float> (&x)[4], std::integer_sequence<
 
 #endif
 
+struct AsItIs {
+  template <class V>
+  FOVEAL_INLINE V operator()(int64_t, V x) const { return x; }
+};
+
 // rows[lane][c] to tile[c * stride + lane], and back. T: A, or bfloat16, of which a quad holds four pairs of channels.
-template <class T, class A>
-FOVEAL_INLINE void rows_to_tile(const T* const* rows, int64_t d, A* tile, int64_t stride) {
+// `finish(c, lanes of channel c)` is what becomes of a channel on its way.
+template <class T, class A, class F = AsItIs>
+FOVEAL_INLINE void rows_to_tile(const T* const* rows, int64_t d, A* tile, int64_t stride, const F& finish = {}) {
   const int64_t whole = in_quads<T, A>(d);
 #if defined(FOVEAL_CAN_SHUFFLE)
   for (int64_t c = 0; c < whole; c += quad<T>) {
@@ -277,10 +283,11 @@ FOVEAL_INLINE void rows_to_tile(const T* const* rows, int64_t d, A* tile, int64_
     transpose_quads(x, std::make_integer_sequence<int, lanes<float>>{});
     for (int r = 0; r < 4; ++r) {
       if constexpr (sizeof(T) == sizeof(float)) {
-        store(tile + (c + r) * stride, x[r]);
+        store(tile + (c + r) * stride, finish(c + r, x[r]));
       } else if constexpr (sizeof(T) < sizeof(float)) {
-        store(tile + (c + 2 * r) * stride, (Vector<float>)((Bits32)x[r] << 16));
-        store(tile + (c + 2 * r + 1) * stride, (Vector<float>)((Bits32)x[r] & 0xffff0000));
+        const int64_t even = c + 2 * r, odd = even + 1;
+        store(tile + even * stride, finish(even, (Vector<float>)((Bits32)x[r] << 16)));
+        store(tile + odd * stride, finish(odd, (Vector<float>)((Bits32)x[r] & 0xffff0000)));
       }
     }
   }
@@ -288,7 +295,7 @@ FOVEAL_INLINE void rows_to_tile(const T* const* rows, int64_t d, A* tile, int64_
   for (int64_t c = whole; c < d; ++c) {
     T column[lanes<A>];
     for (int lane = 0; lane < lanes<A>; ++lane) column[lane] = rows[lane][c];
-    store(tile + c * stride, load<A>(column));
+    store(tile + c * stride, finish(c, load<A>(column)));
   }
 }
 

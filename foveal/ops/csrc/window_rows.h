@@ -45,10 +45,9 @@ class MapTiles {
         rows[lane] = reinterpret_cast<const T*>(from);
       }
       for (int64_t lane = valid; lane < lanes<A>; ++lane) rows[lane] = reinterpret_cast<const T*>(zeros_);
-      rows_to_tile(rows, channels, tile, stride);
-      if (!added) return;
+      if (!added) return rows_to_tile(rows, channels, tile, stride);
       const Vector<A> on_map = FOVEAL_ISA::load(ones_ + lanes<A> - valid);
-      for (int64_t c = 0; c < channels; ++c) FOVEAL_ISA::store(tile + c * stride, FOVEAL_ISA::load(tile + c * stride) + added[c] * on_map);
+      rows_to_tile(rows, channels, tile, stride, [&](int64_t c, Vector<A> x) { return x + added[c] * on_map; });
     });
   }
 
