@@ -195,15 +195,18 @@ class Backward {
   void pooled_weights(int64_t x, const A* u, const A* g, Vector<A> lse, Sums& sums) {
     rows.pooled_logits(u, embedded.stride(), x, 0, p.keys(), [&](auto size, auto& logits, int64_t first) {
       constexpr int N = decltype(size)::value;
+      Sums block{};  // sums of sums err less than one over all keys
       Vector<A> weight_grads[N] = {};
       dot<N>(g, upstream.stride(), dim(), SharedRows<A>{rows.pooled_values, dim()}, first, weight_grads);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
         const Vector<A> weight = softmax_weight(logits[n], lse);
-        sums.add(weight, weight_grads[n]);
+        block.add(weight, weight_grads[n]);
         store(far_weights + (first + n) * lanes<A>, weight);
         store(far_grads + (first + n) * lanes<A>, weight_grads[n]);
       }
+      sums.weights += block.weights;
+      sums.products += block.products;
     });
   }
 
