@@ -120,6 +120,29 @@ struct Tokens {
   }
 };
 
+// Writes 16 rows of a warp to a map of the tile, by way of shared memory that no other warp uses.
+template <class T, int D>
+__device__ __forceinline__ void write_rows(T* by_way_of, const float (&values)[D / 8][4], const Attention& p,
+                                           const HeadMap& map, int image, const TilePlace& place) {
+  __syncwarp();
+  put_rows<T, D>(by_way_of, values);
+  __syncwarp();
+  copy_out<T, D>(by_way_of, p.d, in_words<T>(map, p.d), [&](int row) -> T* {
+    const int i = place.row + row / side, j = place.left + row % side;
+    return p.inside(i, j) ? at<T>(map, image, i, j, place.head) : nullptr;
+  });
+}
+
+// Starts to fill a tile from a map.
+template <class T, int D>
+__device__ __forceinline__ void start_tile(Rows<T, D, tile_cells>& rows, const Attention& p, const HeadMap& map,
+                                           int image, const TilePlace& place) {
+  start_rows<T, D>(rows.values, tile_cells, p.d, in_words<T>(map, p.d), [&](int row) -> const T* {
+    const int i = place.top + row / side, j = place.left + row % side;
+    return p.inside(i, j) ? at<T>(map, image, i, j, place.head) : nullptr;
+  });
+}
+
 // Starts to fill the halo of a tile from a map, zeros outside.
 template <class T, int D>
 __device__ __forceinline__ void start_halo(Rows<T, D, halo_rows>& rows, const Attention& p, const HeadMap& map,
@@ -128,6 +151,20 @@ __device__ __forceinline__ void start_halo(Rows<T, D, halo_rows>& rows, const At
     const int i = place.top - 1 + row / halo, j = place.left - 1 + row % halo;
     return row < halo * halo && p.inside(i, j) ? at<T>(map, image, i, j, place.head) : nullptr;
   });
+}
+
+// Starts the copies of the keys and values that a tile's windows hold; once they are here, find_factors.
+template <class T, int D, class Band>
+__device__ __forceinline__ void start_windows(Band& band, const Attention& p, int image, const TilePlace& place) {
+  start_halo<T, D>(band.keys, p, p.k, image, place);
+  start_halo<T, D>(band.values, p, p.v, image, place);
+}
+
+template <class T, int D, class Band>
+__device__ __forceinline__ void find_factors(Band& band, const Attention& p, const float* query_embedding) {
+  for (int n = threads - 1 - threadIdx.x; n < halo * halo; n += threads) {
+    band.factors[n] = row_factors<T, D>(band.keys[n], query_embedding, p.normalize);
+  }
 }
 
 }  // namespace foveal::cuda

@@ -219,24 +219,14 @@ attention_forward(const __grid_constant__ Attention p, const HeadMap out, float*
   const int end_image = first_image + images_per_block < p.batch ? first_image + images_per_block : p.batch;
   for (int image = first_image; image < end_image; ++image) {
     __syncthreads();
-    start_rows<T, D>(s.queries.values, tile_cells, p.d, in_words<T>(p.q, p.d), [&](int row) -> const T* {
-      const int i = place.top + row / side, j = place.left + row % side;
-      return p.inside(i, j) ? at<T>(p.q, image, i, j, place.head) : nullptr;
-    });
+    start_tile<T, D>(s.queries, p, p.q, image, place);
     s.pooled.start(p, image, place.head, 0);
-    if constexpr (banded) {
-      start_halo<T, D>(s.band.keys, p, p.k, image, place);
-      start_halo<T, D>(s.band.values, p, p.v, image, place);
-    }
+    if constexpr (banded) start_windows<T, D>(s.band, p, image, place);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
     s.pooled.find_factors(p, s.query_embedding);
-    if constexpr (banded) {
-      for (int n = threads - 1 - threadIdx.x; n < halo * halo; n += threads) {
-        s.band.factors[n] = row_factors<T, D>(s.band.keys[n], s.query_embedding, p.normalize);
-      }
-    }
+    if constexpr (banded) find_factors<T, D>(s.band, p, s.query_embedding);
     __syncthreads();
 
     const LeftRows<T, D> queries(s.queries[16 * warp()]);
@@ -252,13 +242,7 @@ attention_forward(const __grid_constant__ Attention p, const HeadMap out, float*
     if constexpr (banded) add_band<T, D>(softmax, queries, scale, s.band, band_place);
     else add_plain<T, D>(softmax, p, image, queries, scale, place, s.query_embedding);
 
-    __syncwarp();
-    put_rows<T, D>(s.queries[16 * warp()], softmax.values);
-    __syncwarp();
-    copy_out<T, D>(s.queries[16 * warp()], p.d, in_words<T>(out, p.d), [&](int row) -> T* {
-      const int i = place.row + row / side, j = place.left + row % side;
-      return p.inside(i, j) ? at<T>(out, image, i, j, place.head) : nullptr;
-    });
+    write_rows<T, D>(s.queries[16 * warp()], softmax.values, p, out, image, place);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (member() != 0 || !p.inside(place.row + r, place.column)) continue;

@@ -101,27 +101,4 @@ __device__ __forceinline__ void load_embedding(float* to, const Attention& p, in
   }
 }
 
-// Writes 16 rows of a warp to a map of the tile, by way of shared memory that no other warp uses.
-template <class T, int D>
-__device__ __forceinline__ void write_rows(T* by_way_of, const float (&values)[D / 8][4], const Attention& p,
-                                           const HeadMap& map, int image, const TilePlace& place) {
-  __syncwarp();
-  put_rows<T, D>(by_way_of, values);
-  __syncwarp();
-  copy_out<T, D>(by_way_of, p.d, in_words<T>(map, p.d), [&](int row) -> T* {
-    const int i = place.row + row / side, j = place.left + row % side;
-    return p.inside(i, j) ? at<T>(map, image, i, j, place.head) : nullptr;
-  });
-}
-
-// Starts to fill a tile from a map.
-template <class T, int D>
-__device__ __forceinline__ void start_tile(Rows<T, D, tile_cells>& rows, const Attention& p, const HeadMap& map,
-                                           int image, const TilePlace& place) {
-  start_rows<T, D>(rows.values, tile_cells, p.d, in_words<T>(map, p.d), [&](int row) -> const T* {
-    const int i = place.top + row / side, j = place.left + row % side;
-    return p.inside(i, j) ? at<T>(map, image, i, j, place.head) : nullptr;
-  });
-}
-
 }  // namespace foveal::cuda

@@ -337,19 +337,12 @@ query_gradients(const __grid_constant__ Attention p, const __grid_constant__ Que
     start_tile<T, D>(s.queries, p, p.q, image, place);
     start_tile<T, D>(s.upstream, p, a.grad, image, place);
     s.pooled.start(p, image, place.head, 0);
-    if constexpr (banded) {
-      start_halo<T, D>(s.band.keys, p, p.k, image, place);
-      start_halo<T, D>(s.band.values, p, p.v, image, place);
-    }
+    if constexpr (banded) start_windows<T, D>(s.band, p, image, place);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
     s.pooled.find_factors(p, s.query_embedding);
-    if constexpr (banded) {
-      for (int n = threads - 1 - threadIdx.x; n < halo * halo; n += threads) {
-        s.band.factors[n] = row_factors<T, D>(s.band.keys[n], s.query_embedding, p.normalize);
-      }
-    }
+    if constexpr (banded) find_factors<T, D>(s.band, p, s.query_embedding);
     __syncthreads();
 
     QueryWork<T, D, banded> work{p, a, s, place, scale, LeftRows<T, D>(s.queries[16 * warp()]),
