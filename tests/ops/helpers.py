@@ -17,26 +17,36 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SLACK = {torch.float64: 2**-46, torch.float32: 2**-21, torch.float16: 2**-12, torch.bfloat16: 2**-9}
 # No error may exceed this, whatever plain PyTorch makes of it.
 CAP = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# The largest error of a gradient with two elements is by chance a third of what it is next time: several upstream
+# gradients tell how much an implementation errs.
+DRAWS = 4
 
 on_devices = pytest.mark.on_devices  # see conftest.py
 needs_compiler = pytest.mark.skipif(library.why_not("cpu") is not None, reason=str(library.why_not("cpu")))
 
 
 def results(
-    function: Callable, inputs: Sequence[Tensor | None], name: str, grad_dtype: torch.dtype | None = None
+    function: Callable,
+    inputs: Sequence[Tensor | None],
+    name: str,
+    grad_dtype: torch.dtype | None = None,
+    draws: int = 1,
 ) -> list[Tensor]:
-    """The output of ``function(*inputs)`` by a backend, then the gradient of every input that requires one.
+    """The output of ``function(*inputs)`` by a backend, then the gradients of every input that requires one.
 
-    The upstream gradient is random, the same at every call, and rounded to ``grad_dtype`` (that of the output).
+    The upstream gradients are random, the same at every call, and rounded to ``grad_dtype`` (that of the output). Of
+    several draws, an input's gradients are stacked.
     """
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     with backend(name):
         out = function(*inputs)
     if not wanted:
         return [out]
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
-    grad = grad.to(grad_dtype or out.dtype).to(out)
-    return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(draws, *out.shape, generator=generator, dtype=torch.float64, device="cpu")
+    upstream = upstream.to(grad_dtype or out.dtype).to(out)
+    grads = [torch.autograd.grad(out, wanted, grad, retain_graph=True) for grad in upstream]
+    return [out.detach(), *(grads[0] if draws == 1 else map(torch.stack, zip(*grads, strict=True)))]
 
 
 def as_float64(x: Tensor | None) -> Tensor | None:
@@ -51,10 +61,10 @@ def assert_as_accurate(
     The compiled op runs within ``running()``, whose value is returned.
     """
     with running() as context:
-        compiled = results(function, inputs, "compiled")
-    plain = results(function, inputs, "reference")
+        compiled = results(function, inputs, "compiled", draws=DRAWS)
+    plain = results(function, inputs, "reference", draws=DRAWS)
     dtype = compiled[0].dtype
-    exact = results(function, [as_float64(x) for x in inputs], "reference", dtype)
+    exact = results(function, [as_float64(x) for x in inputs], "reference", dtype, DRAWS)
     for index, (ours, theirs, truth) in enumerate(zip(compiled, plain, exact, strict=True)):
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype

@@ -18,8 +18,8 @@ def mlp(hidden, heads, dtype=torch.float32):
 def table(rows, columns):
     def run(*parameters):
         dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-        axes = (torch.linspace(-1, 1, rows, dtype=dtype), torch.linspace(-0.9, 1, columns, dtype=dtype))
-        return ops.log_cpb_table(*axes, *parameters)
+        axes = torch.linspace(-1, 1, rows), torch.linspace(-0.9, 1, columns)  # the same places for every type
+        return ops.log_cpb_table(*(axis.to(dtype) for axis in axes), *parameters)
 
     return run
 
