@@ -72,7 +72,9 @@ MISSING_IN_TORCH: dict[Any, _Formula] = {torch.ops.aten._scaled_dot_product_flas
 _PAPERS_RULE: dict[Any, _Formula] = {
     torch.ops.aten.native_layer_norm: _ten_an_element,
     torch.ops.foveal.add_layer_norm: _ten_an_element,
+    torch.ops.foveal.add_layer_norm_: _ten_an_element,
     torch.ops.aten._adaptive_avg_pool2d: _two_an_element,
     torch.ops.foveal.activate_and_pool: _two_an_element,
+    torch.ops.foveal.activate_and_pool_with_input_bias: _two_an_element,
     torch.ops.foveal.log_cpb_table: _both_layers,
 }

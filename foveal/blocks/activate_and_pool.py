@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks.activation import activation_name
 from foveal.blocks.checks import check_map
-from foveal.blocks.inference import normalize
+from foveal.blocks.inference import infers_on_cpu, is_plain_linear, normalize
 from foveal.blocks.initialization import init_convolution
 from foveal.ops import activate_and_pool
 
@@ -45,6 +46,11 @@ class ActivateAndPool(nn.Module):
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Pool ``x`` of shape ``(B, H, W, C)`` to ``grid`` = (Hp, Wp) cells."""
         check_map(x, self.dim)
-        x, name = self.proj(x), activation_name(self.act)
-        pooled = activate_and_pool(self.act(x), grid, "identity") if name is None else activate_and_pool(x, grid, name)
+        name = activation_name(self.act)
+        if name is None:
+            pooled = activate_and_pool(self.act(self.proj(x)), grid, "identity")
+        elif infers_on_cpu(x, self.training) and is_plain_linear(self.proj):
+            pooled = activate_and_pool(F.linear(x, self.proj.weight), grid, name, input_bias=self.proj.bias)
+        else:
+            pooled = activate_and_pool(self.proj(x), grid, name)
         return normalize(pooled, self.norm)

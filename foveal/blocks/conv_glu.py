@@ -27,13 +27,12 @@ class ConvGLU(DepthwiseGLU):
         torch.Size([2, 14, 14, 96])
     """
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         name = activation_name(self.act)
         if name is None or not infers_on_cpu(x, self.training) or not is_plain_linear(self.fc1):
-            return super()._whole(x)
-        hidden = F.linear(x, self.fc1.weight)
-        gated = depthwise_gate(hidden, self.dwconv.weight, self.dwconv.bias, name, input_bias=self.fc1.bias)
-        return self.drop(self.fc2(self.drop(gated)))
+            return super().hidden(x)
+        x = F.linear(x, self.fc1.weight)
+        return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, name, input_bias=self.fc1.bias)
 
     def mix(self, x: Tensor) -> Tensor:
         name = activation_name(self.act)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import Grid, check_heads, check_map, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
+from foveal.blocks.inference import is_idle, is_plain_linear
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
 from foveal.ops._checks import check_choice
@@ -88,6 +89,15 @@ class LengthScaledCosineAttention(nn.Module):
         return {"temperature"} | ({"query_embedding"} if self.query_embedding is not None else set())
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(self._attended(x)))
+
+    def without_last_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``forward(x)`` in two parts, see :func:`foveal.blocks.inference.without_last_bias`."""
+        if not is_plain_linear(self.proj) or not is_idle(self.proj_drop):
+            return self(x), None
+        return F.linear(self._attended(x), self.proj.weight), self.proj.bias
+
+    def _attended(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
         grid = x.shape[1], x.shape[2]
         q, k, v = self._heads(x)
@@ -99,12 +109,9 @@ class LengthScaledCosineAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             scale=1.0,
         )
-        if (
-            torch.compiler.is_exporting()
-        ):  # strides differ from kernel to kernel, and an exported view must hold for all
+        if torch.compiler.is_exporting():  # strides differ from kernel to kernel, an exported view must hold for all
             out = out.clone(memory_format=torch.contiguous_format)
-        out = rearrange(out, "b n (h w) d -> b h w (n d)", h=grid[0])
-        return self.proj_drop(self.proj(out))
+        return rearrange(out, "b n (h w) d -> b h w (n d)", h=grid[0])
 
     def attention_weights(self, x: Tensor) -> AttentionWeights:
         """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks.checks import check_map, check_positive
 from foveal.blocks.depthwise_conv import DepthwiseConv
-from foveal.blocks.inference import in_slices
+from foveal.blocks.inference import in_slices, is_idle, is_plain_linear
 from foveal.blocks.initialization import init_linear
 
 
@@ -50,11 +51,21 @@ class GLU(nn.Module):
         init_linear(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.dim)
-        return in_slices(self, self._whole, x, 2 * self.hidden_dim)
+        return self._in_slices(lambda part: self.drop(self.fc2(self.drop(self.hidden(part)))), x)
 
-    def _whole(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.mix(self.fc1(x)))))
+    def without_last_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``forward(x)`` in two parts, see :func:`foveal.blocks.inference.without_last_bias`."""
+        if not is_plain_linear(self.fc2) or not is_idle(self.drop):
+            return self(x), None
+        return self._in_slices(lambda part: F.linear(self.hidden(part), self.fc2.weight), x), self.fc2.bias
+
+    def _in_slices(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        check_map(x, self.dim)
+        return in_slices(self, function, x, 2 * self.hidden_dim)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What fc2 projects, ``(B, H, W, hidden)``."""
+        return self.mix(self.fc1(x))
 
     def pointwise(self, x: Tensor) -> Tensor:
         """The same without a convolution, for tokens ``(..., C)`` that have no place in a map."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, fx, nn
 
 from foveal.ops import add_layer_norm
@@ -21,12 +22,23 @@ def infers_on_cpu(x: Tensor, training: bool) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches what goes in or out of a module or of one inside it."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    for part in module._modules.values():  # noqa: SIM110 (asked hundreds of times in a pass: its generators are felt)
+        if part is not None and has_hooks(part):
+            return True
+    return False
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling a module means ``F.linear`` of its weight and bias and nothing else."""
     return type(module) is nn.Linear and not has_hooks(module)
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Whether a module returns its input as it is: Identity, or a dropout in evaluation."""
+    is_dropout = type(module) in (nn.Dropout, DropPath) and not module.training
+    return (is_dropout or type(module) is nn.Identity) and not has_hooks(module)
 
 
 def is_plain_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
@@ -52,13 +64,57 @@ def in_slices(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor
 
 def normalize(x: Tensor, norm: nn.Module) -> Tensor:
     """``norm(x)``; in inference on the CPU foveal's kernel runs for a plain LayerNorm."""
-    return add_and_normalize(x, None, norm)[1]
+    return ResidualStream(x).normalize(norm)
 
 
-def add_and_normalize(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """``x + branch`` (x for None) and ``norm`` of it, for a plain LayerNorm in one pass in inference on the CPU."""
-    if is_plain_layer_norm(norm) and infers_on_cpu(x, norm.training):
-        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
-    if branch is not None:
-        x = x + branch
-    return x, norm(x)
+def without_last_bias(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``module(x)`` in two parts whose sum it is; the second is a bias ``(C,)``, or None where there is but the first.
+
+    In inference on the CPU, a module whose class has a method of this name, beside the forward that a call runs, takes
+    its last Linear apart. It does so only if nothing watches or replaces a part of it.
+    """
+    if infers_on_cpu(x, module.training) and "forward" not in vars(module) and not has_hooks(module):
+        runs = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        if "without_last_bias" in vars(runs):
+            return vars(runs)["without_last_bias"](module, x)
+    return module(x), None
+
+
+class ResidualStream:
+    """A map and the branches that are added to it: ``x + branch + ...``, the last sum left open.
+
+    A plain LayerNorm after a sum is one pass with it in inference on the CPU, and writes it where the sum before it
+    lay, if only the stream holds that.
+    """
+
+    def __init__(self, x: Tensor):
+        self._total, self._is_own = x, False
+        self._branch: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def add(self, branch: Tensor, bias: Tensor | None = None) -> None:
+        """Add a branch, and a bias ``(C,)`` that belongs to it."""
+        if self._branch is not None:
+            self.total()
+        self._branch, self._bias = branch, bias
+
+    def normalize(self, norm: nn.Module) -> Tensor:
+        """``norm`` of the stream."""
+        x, branch = self._total, self._branch
+        if not is_plain_layer_norm(norm) or not infers_on_cpu(x, norm.training):
+            return norm(self.total())
+        inplace = self._is_own and branch is not None and branch.dtype == x.dtype
+        self._total, normed = add_layer_norm(
+            x, branch, norm.weight, norm.bias, norm.eps, y_bias=self._bias, inplace=inplace
+        )
+        self._is_own = self._is_own or branch is not None
+        self._branch = self._bias = None
+        return normed
+
+    def total(self) -> Tensor:
+        """The stream as a map, which the caller may keep."""
+        if self._branch is not None:
+            self._total = self._total + (self._branch if self._bias is None else self._branch + self._bias)
+        self._branch = self._bias = None
+        self._is_own = False
+        return self._total

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveal.blocks import OverlapPatchEmbed
 from foveal.blocks.checks import check_probability
 from foveal.blocks.factory import call, located
-from foveal.blocks.inference import add_and_normalize, has_hooks, infers_on_cpu
+from foveal.blocks.inference import ResidualStream, has_hooks, infers_on_cpu, is_idle, without_last_bias
 from foveal.models.dry_run import output_shape
 
 Factory = Callable[..., nn.Module]
@@ -69,14 +69,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x, branch = self.branch_from(x, None)
-        return x + branch
+        stream = ResidualStream(x)
+        self.add_to(stream)
+        return stream.total()
 
-    def branch_from(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The block of ``x + branch`` (None: of x), with its last sum left open: whatever normalises it may add it."""
-        x, normed = add_and_normalize(x, branch, self.norm1)
-        x, normed = add_and_normalize(x, self.drop_path(self.scale1(self.mixer(normed))), self.norm2)
-        return x, self.drop_path(self.scale2(self.mlp(normed)))
+    def add_to(self, stream: ResidualStream) -> None:
+        """Add both branches to a stream."""
+        for norm, part, scale in ((self.norm1, self.mixer, self.scale1), (self.norm2, self.mlp, self.scale2)):
+            normed = stream.normalize(norm)
+            if is_idle(scale) and is_idle(self.drop_path):
+                stream.add(*without_last_bias(part, normed))
+            else:
+                stream.add(self.drop_path(scale(part(normed))))
 
 
 class StageModule(nn.Module):
@@ -98,13 +102,13 @@ class StageModule(nn.Module):
 
     def _inferred(self, x: Tensor) -> Tensor:
         """``norm(blocks(x))`` with the sums between blocks joined to the norms after them."""
-        branch = None
+        stream = ResidualStream(x)
         for block in self.blocks:
             if type(block) is Block:
-                x, branch = block.branch_from(x, branch)
+                block.add_to(stream)
             else:
-                x, branch = block(x if branch is None else x + branch), None
-        return add_and_normalize(x, branch, self.norm)[1]
+                stream = ResidualStream(block(stream.total()))
+        return stream.normalize(self.norm)
 
 
 def build_downsample(spec: Stage, index: int, in_chans: int, dd: dict[str, Any]) -> nn.Module:

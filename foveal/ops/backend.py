@@ -101,6 +101,6 @@ def circumstances(x: Tensor) -> list[str]:
         reasons.append("the graph is being exported, and is to run without foveal")
     if torch._C._are_functorch_transforms_active():
         reasons.append("a torch.func transform is active")
-    if not torch.compiler.is_compiling() and type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter and not torch.compiler.is_compiling():
         reasons.append(f"the input is a {type(x).__name__}, not a plain tensor")
     return reasons

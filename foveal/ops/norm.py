@@ -10,13 +10,20 @@ from foveal.ops.backend import infers_compiled
 
 
 def add_layer_norm(
-    x: Tensor, y: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    y_bias: Tensor | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the stream, and normalise the sum over its channels.
 
     Equivalent to::
 
-        total = x if y is None else x + y
+        total = x if y is None else x + (y + y_bias)
         return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
     which is what runs under autograd and autocast and on other devices than the CPU, where compilers fuse it.
@@ -27,6 +34,8 @@ def add_layer_norm(
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
         eps: added to the variance.
+        y_bias: ``(C,)`` or None. The bias of the Linear that makes y, given here and not there, saves a pass over y.
+        inplace: write the sum into x, which is returned.
 
     Returns:
         The sum (x itself without y) and its norm, ``(*, C)``.
@@ -34,30 +43,47 @@ def add_layer_norm(
     check_floating("x", x)
     if y is not None:
         check_shape("y", y, x.shape, "that of x")
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    elif y_bias is not None:
+        raise ValueError("y_bias must be None where y is None: there is nothing that it belongs to")
+    for name, parameter in (("weight", weight), ("bias", bias), ("y_bias", y_bias)):
         if parameter is not None:
             check_shape(name, parameter, x.shape[-1:], "(C,)")
-    check_same_device(x, y=y, weight=weight, bias=bias)
-    others = [t for t in (y, weight, bias) if t is not None]
-    mixed = torch.is_autocast_enabled("cpu") or any(t.dtype != x.dtype for t in others)
-    if mixed or not infers_compiled("add_layer_norm", x, *others):
-        return reference.add_layer_norm(x, y, weight, bias, eps)
-    total, norm = torch.ops.foveal.add_layer_norm(x, y, weight, bias, eps)
-    return x if y is None else total, norm
+    check_same_device(x, y=y, weight=weight, bias=bias, y_bias=y_bias)
+    others = [t for t in (y, y_bias, weight, bias) if t is not None]
+    mixed = bool({t.dtype for t in others} - {x.dtype})
+    if mixed or torch.is_autocast_enabled("cpu") or not infers_compiled("add_layer_norm", x, *others):
+        total, norm = reference.add_layer_norm(x, y, y_bias, weight, bias, eps)
+        return (x.copy_(total) if inplace and y is not None else total), norm
+    if inplace and y is not None and x.is_contiguous():
+        return x, torch.ops.foveal.add_layer_norm_(x, y, y_bias, weight, bias, eps)
+    total, norm = torch.ops.foveal.add_layer_norm(x, y, y_bias, weight, bias, eps)
+    if y is None:
+        return x, norm
+    return (x.copy_(total) if inplace else total), norm
 
 
-def _fake(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty((0,) if y is None else x.shape), x.new_empty(x.shape)
-
-
-def _default(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float):
-    total, norm = reference.add_layer_norm(x, y, weight, bias, eps)
+def _default(x: Tensor, y: Tensor | None, *args) -> tuple[Tensor, Tensor]:
+    total, norm = reference.add_layer_norm(x, y, *args)
     return x.new_empty(0) if y is None else total.contiguous(), norm.contiguous()
 
 
+def _default_inplace(x: Tensor, *args) -> Tensor:
+    total, norm = reference.add_layer_norm(x, *args)
+    x.copy_(total)
+    return norm.contiguous()
+
+
+_OTHERS = "Tensor? y_bias, Tensor? weight, Tensor? bias, float eps"
+
 declare(
     "add_layer_norm",
-    "(Tensor x, Tensor? y, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? y, {_OTHERS}) -> (Tensor, Tensor)",
     default=_default,
-    fake=_fake,
+    fake=lambda x, y, *args: (x.new_empty((0,) if y is None else x.shape), x.new_empty(x.shape)),
+)
+declare(
+    "add_layer_norm_",
+    f"(Tensor(a!) x, Tensor y, {_OTHERS}) -> Tensor",
+    default=_default_inplace,
+    fake=lambda x, *args: x.new_empty(x.shape),
 )

@@ -180,10 +180,15 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "g
 
 
 def add_layer_norm(
-    x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``x + y`` and its LayerNorm over channels: ``(*, C)``. PyTorch's own operators, also under autocast."""
-    total = x if y is None else x + y
+    """``x + (y + y_bias)`` and its LayerNorm over channels: ``(*, C)``. PyTorch's own, under autocast too."""
+    if y is None:
+        total = x
+    elif y_bias is None:
+        total = x + y
+    else:
+        total = (x + (at_least_float32(y) + y_bias)).to(torch.promote_types(x.dtype, y.dtype))
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 

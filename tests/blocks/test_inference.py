@@ -101,7 +101,9 @@ def joined(monkeypatch):
     """How often a norm was joined to what stands before it."""
     calls = []
     original = inference.add_layer_norm
-    monkeypatch.setattr(inference, "add_layer_norm", lambda *args: calls.append(args) or original(*args))
+    monkeypatch.setattr(
+        inference, "add_layer_norm", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs)
+    )
     return calls
 
 

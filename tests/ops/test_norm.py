@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,15 +18,26 @@ def operands(shape, dtype, parameters=True):
     return x, y, weight, bias
 
 
-def plain(x, y, weight, bias, eps=1e-5):
-    total = x if y is None else x + y
+def plain(x, y, weight, bias, eps=1e-5, y_bias=None):
+    if y is None:
+        total = x
+    elif y_bias is None:
+        total = x + y
+    else:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        total = (x.to(exact) + (y.to(exact) + y_bias.to(exact))).to(x.dtype)
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
-def assert_accurate(x, y, weight, bias, eps=1e-5):
+def assert_accurate(x, y, weight, bias, eps=1e-5, y_bias=None):
     with torch.no_grad(), ops.backend("compiled"), poisoned_memory():
-        total, norm = ops.add_layer_norm(x, y, weight, bias, eps)
-    expected_total, theirs = plain(x, y, weight, bias, eps)
+        total, norm = ops.add_layer_norm(x, y, weight, bias, eps, y_bias=y_bias)
+        stream = x.clone(memory_format=torch.preserve_format)
+        written, same_norm = ops.add_layer_norm(stream, y, weight, bias, eps, y_bias=y_bias, inplace=True)
+    assert written is stream
+    assert written.equal(total)
+    assert same_norm.equal(norm)
+    expected_total, theirs = plain(x, y, weight, bias, eps, y_bias)
     assert total.equal(expected_total)
     assert norm.dtype == x.dtype
     # The norm of the sum as it was stored.
@@ -44,6 +57,7 @@ def assert_accurate(x, y, weight, bias, eps=1e-5):
 def test_compiled_is_as_accurate_as_pytorch(shape, dtype):
     x, y, weight, bias = operands(shape, dtype)
     assert_accurate(x, y, weight, bias)
+    assert_accurate(x, y, weight, bias, y_bias=torch.randn(shape[-1]).to(dtype))
     assert_accurate(x, None, weight, bias)
 
 
@@ -90,8 +104,29 @@ def test_without_a_branch_the_stream_is_returned_itself():
 
 
 def test_has_the_gradients_of_pytorch():
-    inputs = [t.requires_grad_() for t in operands((3, 5), torch.float64)]
-    assert torch.autograd.gradcheck(ops.add_layer_norm, inputs)
+    inputs = [t.requires_grad_() for t in (*operands((3, 5), torch.float64), torch.randn(5).double())]
+
+    def function(*inputs, inplace=False):
+        *inputs, y_bias = inputs
+        stream = inputs[0].clone() if inplace else inputs[0]
+        return ops.add_layer_norm(stream, *inputs[1:], y_bias=y_bias, inplace=inplace)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(partial(function, inplace=True), inputs)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_in_place_in_any_layout_and_backend(name):
+    x, y, weight, bias = operands((4, 6, 24), torch.float32)
+    expected = plain(x, y, weight, bias)
+    with torch.no_grad(), ops.backend(name):
+        for stream in (x.clone(), x.transpose(0, 1).contiguous().transpose(0, 1)):
+            total, norm = ops.add_layer_norm(stream, y, weight, bias, inplace=True)
+            assert total is stream
+            torch.testing.assert_close((total, norm), expected)
+        alone = x.clone()
+        assert ops.add_layer_norm(alone, None, weight, bias, inplace=True)[0] is alone
+        assert alone.equal(x)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
@@ -99,9 +134,11 @@ def test_mixed_dtypes_are_pytorchs(dtypes):
     x, y, weight, bias = operands((3, 24), torch.float32)
     x, y = x.to(dtypes[0]), y.to(dtypes[1])
     with torch.no_grad():
-        ours, theirs = ops.add_layer_norm(x, y, weight, bias), plain(x, y, weight, bias)
-        assert [t.dtype for t in ours] == [t.dtype for t in theirs]
-        torch.testing.assert_close(ours, theirs)
+        theirs = plain(x, y, weight, bias)
+        for y_bias in (None, torch.zeros(24)):
+            ours = ops.add_layer_norm(x, y, weight, bias, y_bias=y_bias)
+            assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_autocast_is_pytorchs():
@@ -114,16 +151,18 @@ def test_autocast_is_pytorchs():
 @needs_compiler
 def test_registration():
     x, y, weight, bias = operands((2, 3, 24), torch.float32)
-    for args in ((x, y, weight, bias, 1e-5), (x, None, None, bias, 1e-6)):
+    for args in ((x, y, bias, weight, bias, 1e-5), (x, None, None, None, bias, 1e-6)):
         torch.library.opcheck(torch.ops.foveal.add_layer_norm.default, args)
+    torch.library.opcheck(torch.ops.foveal.add_layer_norm_.default, (x, y, bias, weight, None, 1e-5))
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_as_one_graph(inplace):
     torch._dynamo.reset()
     x, y, weight, bias = operands((2, 3, 24), torch.float32)
-    compiled = torch.compile(ops.add_layer_norm, fullgraph=True, backend="eager")
+    compiled = torch.compile(partial(ops.add_layer_norm, inplace=inplace), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x, y, weight, bias), plain(x, y, weight, bias))
+        torch.testing.assert_close(compiled(x.clone(), y, weight, bias), plain(x, y, weight, bias))
 
 
 @pytest.mark.parametrize(
@@ -132,10 +171,12 @@ def test_compiles_as_one_graph():
         ((torch.ones(2, 8, dtype=torch.int64), None), "x must be floating point"),
         ((torch.ones(2, 8), torch.ones(8)), "y must have shape that of x = (2, 8), got (8,)"),
         ((torch.ones(2, 8), None, torch.ones(4)), "weight must have shape (C,) = (8,), got (4,)"),
+        ((torch.ones(2, 8), None, None, None, 1e-5, torch.ones(8)), "y_bias must be None where y is None"),
+        ((torch.ones(2, 8), torch.ones(2, 8), None, None, 1e-5, torch.ones(4)), "y_bias must have shape (C,) = (8,)"),
         ((torch.ones(2, 8), None, None, torch.ones(2, 8)), "bias must have shape (C,) = (8,), got (2, 8)"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises((TypeError, ValueError)) as error:
-        ops.add_layer_norm(*arguments)
+        ops.add_layer_norm(*arguments[:5], y_bias=arguments[5] if len(arguments) > 5 else None)
     assert message in str(error.value)

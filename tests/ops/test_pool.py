@@ -98,3 +98,30 @@ def test_compiles_as_one_graph_for_all_sizes():
         torch.testing.assert_close(halve(x), ops.activate_and_pool(x, (shape[1] // 2, shape[2] // 2)))
     assert len(graphs) == 1
     assert "foveal.activate_and_pool" in graphs[0].code
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("shape", "grid"), CASES, ids=str)
+def test_bias_of_the_input_without_a_pass_of_its_own(shape, grid, dtype):
+    x, input_bias = tokens(shape, dtype).detach(), torch.randn(shape[-1]).to(dtype)
+    with poisoned_memory():
+        assert_as_accurate(lambda *t: ops.activate_and_pool(t[0], grid, input_bias=t[1]), [x, input_bias])
+
+
+@needs_compiler
+def test_bias_of_the_input_has_a_gradient():
+    x, input_bias = tokens((2, 6, 5, 20)), torch.randn(20, requires_grad=True)
+    for map in (x, x.detach()):
+        assert_as_accurate(lambda *t: ops.activate_and_pool(t[0], (2, 3), input_bias=t[1]), [map, input_bias])
+
+
+@needs_compiler
+def test_opcheck_of_the_inference_op():
+    op = torch.ops.foveal.activate_and_pool_with_input_bias
+    torch.library.opcheck(op, (tokens((2, 4, 5, 6)).detach(), torch.randn(6), [2, 3], "gelu"))
+
+
+def test_bias_of_the_input_must_fit():
+    with pytest.raises(ValueError, match=r"input_bias must have shape \(C,\) = \(6,\), got \(5,\)"):
+        ops.activate_and_pool(torch.randn(2, 4, 5, 6), (2, 2), input_bias=torch.randn(5))

@@ -5,21 +5,41 @@
 namespace foveal {
 namespace {
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& added,
-                                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+using Parameter = std::optional<Tensor>;
+
+// x, added and parameters of one dtype; sum, dense, may be x.
+Tensor normalize(const Tensor& x, const std::optional<Tensor>& added, const Parameter& added_bias,
+                 const Parameter& weight, const Parameter& bias, double eps, Tensor* sum) {
+  const ScalarType dtype = x.scalar_type();
   const Tensor rows = torch::stable::contiguous(x);
-  const auto others = dense(added, x.scalar_type()), w = dense(weight, compute_type(x)), b = dense(bias, compute_type(x));
+  const auto others = dense(added, dtype), shift = dense(added_bias, dtype), w = dense(weight, dtype), b = dense(bias, dtype);
   const int64_t channels = x.size(x.dim() - 1);
-  Tensor norm = empty(x, x.sizes(), x.scalar_type());
-  Tensor sum = added ? empty(x, x.sizes(), x.scalar_type()) : empty(x, {0}, x.scalar_type());
+  Tensor norm = empty(x, x.sizes(), dtype);
   if (x.numel() > 0) {
     add_layer_norm_forward({x.numel() / channels, channels, eps, dtype_of(x), rows.const_data_ptr(), pointer(others),
-                            pointer(w), pointer(b), sum.mutable_data_ptr(), norm.mutable_data_ptr()});
+                            pointer(shift), pointer(w), pointer(b), sum ? sum->mutable_data_ptr() : nullptr,
+                            norm.mutable_data_ptr()});
   }
+  return norm;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& added, const Parameter& added_bias,
+                                   const Parameter& weight, const Parameter& bias, double eps) {
+  if (!added) return {empty(x, {0}, x.scalar_type()), normalize(x, added, added_bias, weight, bias, eps, nullptr)};
+  Tensor sum = empty(x, x.sizes(), x.scalar_type());
+  Tensor norm = normalize(x, added, added_bias, weight, bias, eps, &sum);
   return {sum, norm};
+}
+
+Tensor in_place(Tensor x, const Tensor& added, const Parameter& added_bias, const Parameter& weight,
+                const Parameter& bias, double eps) {
+  return normalize(x, added, added_bias, weight, bias, eps, &x);
 }
 
 }  // namespace
 }  // namespace foveal
 
-STABLE_TORCH_LIBRARY_IMPL(foveal, CPU, m) { m.impl("add_layer_norm", TORCH_BOX(&foveal::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(foveal, CPU, m) {
+  m.impl("add_layer_norm", TORCH_BOX(&foveal::forward));
+  m.impl("add_layer_norm_", TORCH_BOX(&foveal::in_place));
+}

@@ -5,13 +5,13 @@
 
 namespace foveal {
 
-// Rows of `channels`, dense. Without `added` nothing is added, and there is no `sum`. Parameters are of the type computed
-// in, null where absent.
+// Rows of `channels`, dense. Without `added` nothing is added, and there is no `sum`, which may be x itself. Everything is
+// of one dtype; parameters are null where absent.
 struct NormProblem {
   int64_t rows, channels;
   double eps;
   Dtype dtype;
-  const void *x, *added, *weight, *bias;
+  const void *x, *added, *added_bias, *weight, *bias;
   void *sum, *norm;
 };
 

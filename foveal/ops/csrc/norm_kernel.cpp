@@ -38,14 +38,18 @@ class Normalizer {
       : p(problem),
         vectors(p.channels),
         padded(p.channels + lanes<S>),
+        added_bias(padded),
         scale(padded),
         shift(padded),
         copies(together * padded) {
-    const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
     vectors([&](int64_t c, int64_t place, Vector<S>) {
-      const int64_t width = least(p.channels, int64_t(lanes<S>));
-      store(scale + place, weight ? load<S>(weight + c, width) : broadcast(S(1)));
-      store(shift + place, bias ? load<S>(bias + c, width) : Vector<S>{});
+      const auto read = [&](const void* parameter, S absent) {
+        const int64_t width = least(p.channels, int64_t(lanes<S>));
+        return parameter ? load<S>(static_cast<const T*>(parameter) + c, width) : broadcast(absent);
+      };
+      store(added_bias + place, read(p.added_bias, S(0)));
+      store(scale + place, read(p.weight, S(1)));
+      store(shift + place, read(p.bias, S(0)));
     });
   }
 
@@ -71,8 +75,7 @@ class Normalizer {
       for (int r = 0; r < N; ++r) {
         Vector<S> value = load<S>(x + r * channels + c, width);
         if constexpr (adds) {
-          value = as_stored(value + load<S>(added + r * channels + c, width), sum);
-          store(sum + r * channels + c, value, width);
+          value = as_stored(value + (load<S>(added + r * channels + c, width) + load(added_bias + place)), sum);
         }
         store(copies + r * padded + place, value);
         totals[r] += value * counted;
@@ -96,7 +99,9 @@ class Normalizer {
     vectors([&](int64_t c, int64_t place, Vector<S>) {
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
-        const Vector<S> unit = ((load(copies + r * padded + place) - means[r]) - drift[r]) * factors[r];
+        const Vector<S> value = load(copies + r * padded + place);
+        if constexpr (adds) store(sum + r * channels + c, value, width);  // now that all of x, which it may be, is read
+        const Vector<S> unit = ((value - means[r]) - drift[r]) * factors[r];
         store(norm + r * channels + c, unit * load(scale + place) + load(shift + place), width);
       }
     });
@@ -105,7 +110,7 @@ class Normalizer {
   const NormProblem p;
   const RowVectors<S> vectors;
   const int64_t padded;
-  const Scratch<S> scale, shift, copies;
+  const Scratch<S> added_bias, scale, shift, copies;
 };
 
 }  // namespace

@@ -6,13 +6,24 @@
 namespace foveal {
 namespace {
 
-Tensor forward(const Tensor& x, const std::vector<int64_t>& grid, const std::string& act) {
+Tensor pool(const Tensor& x, const std::optional<Tensor>& input_bias, const std::vector<int64_t>& grid,
+            const std::string& act) {
   const Tensor map = with_dense_rows(x);
+  const auto added = dense(input_bias, x.scalar_type());
   const PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), grid[0], grid[1]};
   Tensor out = empty(x, {shape.batch, grid[0], grid[1], shape.channels}, x.scalar_type());
-  activate_and_pool_forward(
-      {shape, dtype_of(x), act_named(act), map.const_data_ptr(), map_strides(map), out.mutable_data_ptr()});
+  activate_and_pool_forward({shape, dtype_of(x), act_named(act), map.const_data_ptr(), pointer(added),
+                             map_strides(map), out.mutable_data_ptr()});
   return out;
+}
+
+Tensor forward(const Tensor& x, const std::vector<int64_t>& grid, const std::string& act) {
+  return pool(x, std::nullopt, grid, act);
+}
+
+Tensor forward_with_input_bias(const Tensor& x, const Tensor& input_bias, const std::vector<int64_t>& grid,
+                               const std::string& act) {
+  return pool(x, input_bias, grid, act);
 }
 
 Tensor backward(const Tensor& grad, const Tensor& x, const std::string& act) {
@@ -29,5 +40,6 @@ Tensor backward(const Tensor& grad, const Tensor& x, const std::string& act) {
 
 STABLE_TORCH_LIBRARY_IMPL(foveal, CPU, m) {
   m.impl("activate_and_pool", TORCH_BOX(&foveal::forward));
+  m.impl("activate_and_pool_with_input_bias", TORCH_BOX(&foveal::forward_with_input_bias));
   m.impl("activate_and_pool_backward", TORCH_BOX(&foveal::backward));
 }

@@ -14,7 +14,7 @@ struct PoolForward {
   PoolShape shape;
   Dtype dtype;
   Act act;
-  const void* x;
+  const void *x, *input_bias;  // the bias (C,), added to x first, is of its dtype; null where absent
   MapStrides x_strides;
   void* out;  // (B, Hp, Wp, C), dense
 };

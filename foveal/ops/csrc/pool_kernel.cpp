@@ -8,6 +8,7 @@ namespace {
 template <Act act, class T, class S = Compute<T>>
 void forward_rows(const PoolForward& args, int64_t begin, int64_t end) {
   const auto& [batch, height, width, channels, pooled_height, pooled_width] = args.shape;
+  const T* input_bias = static_cast<const T*>(args.input_bias);
   Scratch<S> sums(width * channels);
   for (int64_t task = begin; task < end; ++task) {
     const Bin<int64_t> rows = bin_of(task % pooled_height, pooled_height, height);
@@ -15,9 +16,10 @@ void forward_rows(const PoolForward& args, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(args.out) + task * pooled_width * channels;
     for (int64_t j = 0; j < width; ++j) {
       for_vectors<S>(channels, [&](int64_t c, int64_t n) {
+        const Vector<S> added = input_bias ? load<S>(input_bias + c, n) : Vector<S>{};
         Vector<S> sum = {};
         for (int64_t i = rows.first; i < rows.end; ++i) {
-          sum += activate<act, S>(load<S>(x + i * args.x_strides.row + j * args.x_strides.column + c, n));
+          sum += activate<act, S>(load<S>(x + i * args.x_strides.row + j * args.x_strides.column + c, n) + added);
         }
         store(sums + (j * channels + c), sum, n);
       });
