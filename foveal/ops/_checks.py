@@ -8,13 +8,13 @@ from torch import Tensor
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int], axes: str) -> None:
     """Raise unless ``x`` has the expected shape; ``axes`` spells it out for the reader."""
-    if tuple(x.shape) != tuple(expected):
+    if x.shape != expected and tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {axes} = {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def check_dim(name: str, x: Tensor, axes: str) -> None:
     """Raise unless ``x`` has as many dimensions as ``axes`` names, like ``"(B, H, W, C)"``."""
-    if x.dim() != len(axes.strip("(),").split(",")):
+    if x.dim() != axes.removesuffix(",)").count(",") + 1:
         raise ValueError(f"{name} must have shape {axes}, got {tuple(x.shape)}")
 
 
@@ -34,9 +34,10 @@ def check_same_dtype(**tensors: Tensor) -> None:
 
 def check_same_device(x: Tensor, **others: Tensor | None) -> None:
     """Raise unless all tensors lie where ``x`` does: a kernel takes their addresses as they are."""
+    device = x.device
     for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like the activations, got {other.device}")
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} must be on {device} like the activations, got {other.device}")
 
 
 def check_window_size(window_size: int) -> None:

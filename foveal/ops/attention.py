@@ -88,8 +88,10 @@ def aggregated_attention(
         if parameter is not None:
             check_shape(name, parameter, shape, axes)
     table = rows = columns = None
+    index = {}
     if pool_bias is not None:
         table, rows, columns = pool_bias
+        index = {"pool_bias.table": table, "pool_bias.row_index": rows, "pool_bias.column_index": columns}
         check_dim("pool_bias.table", table, "(heads, Th, Tw)")
         check_shape("pool_bias.table", table, (heads, *table.shape[1:]), "(heads, Th, Tw)")
         check_shape("pool_bias.row_index", rows, (height, key_grid[0]), "(H, Hp)")
@@ -99,10 +101,17 @@ def aggregated_attention(
 
     check_same_device(
         q,
+        k=k,
+        v=v,
+        k_pool=k_pool,
+        v_pool=v_pool,
+        scale=scale,
+        query_embedding=query_embedding,
+        window_bias=window_bias,
+        positional_tokens=positional_tokens,
+        positional_bias=positional_bias,
         input_bias=input_bias,
-        **{"k": k, "v": v, "k_pool": k_pool, "v_pool": v_pool, "scale": scale, "query_embedding": query_embedding},
-        **{"window_bias": window_bias, "positional_tokens": positional_tokens, "positional_bias": positional_bias},
-        **{"pool_bias.table": table, "pool_bias.row_index": rows, "pool_bias.column_index": columns},
+        **index,
     )
     pooled = (k_pool, v_pool, scale, query_embedding, window_bias, table, rows, columns)
     others = (*pooled, positional_tokens, positional_bias)
