@@ -27,10 +27,10 @@ class ConvGLU(DepthwiseGLU):
         torch.Size([2, 14, 14, 96])
     """
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor) -> Tensor:
         name = activation_name(self.act)
         if name is None or not infers_on_cpu(x, self.training) or not is_plain_linear(self.fc1):
-            return super().hidden(x)
+            return super()._hidden(x)
         x = F.linear(x, self.fc1.weight)
         return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, name, input_bias=self.fc1.bias)
 

@@ -51,19 +51,19 @@ class GLU(nn.Module):
         init_linear(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._in_slices(lambda part: self.drop(self.fc2(self.drop(self.hidden(part)))), x)
+        return self._in_slices(lambda part: self.drop(self.fc2(self.drop(self._hidden(part)))), x)
 
     def without_last_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``forward(x)`` in two parts, see :func:`foveal.blocks.inference.without_last_bias`."""
         if not is_plain_linear(self.fc2) or not is_idle(self.drop):
             return self(x), None
-        return self._in_slices(lambda part: F.linear(self.hidden(part), self.fc2.weight), x), self.fc2.bias
+        return self._in_slices(lambda part: F.linear(self._hidden(part), self.fc2.weight), x), self.fc2.bias
 
     def _in_slices(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         check_map(x, self.dim)
         return in_slices(self, function, x, 2 * self.hidden_dim)
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor) -> Tensor:
         """What fc2 projects, ``(B, H, W, hidden)``."""
         return self.mix(self.fc1(x))
 

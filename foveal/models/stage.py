@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveal.blocks import OverlapPatchEmbed
 from foveal.blocks.checks import check_probability
 from foveal.blocks.factory import call, located
-from foveal.blocks.inference import ResidualStream, has_hooks, infers_on_cpu, is_idle, without_last_bias
+from foveal.blocks.inference import ResidualStream, infers_on_cpu, is_altered, is_idle, without_last_bias
 from foveal.models.dry_run import output_shape
 
 Factory = Callable[..., nn.Module]
@@ -77,7 +77,7 @@ class Block(nn.Module):
         """Add both branches to a stream."""
         for norm, part, scale in ((self.norm1, self.mixer, self.scale1), (self.norm2, self.mlp, self.scale2)):
             normed = stream.normalize(norm)
-            if is_idle(scale) and is_idle(self.drop_path):
+            if infers_on_cpu(normed, self.training) and is_idle(scale) and is_idle(self.drop_path):
                 stream.add(*without_last_bias(part, normed))
             else:
                 stream.add(self.drop_path(scale(part(normed))))
@@ -95,7 +95,7 @@ class StageModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        if infers_on_cpu(x, self.training) and not has_hooks(self.blocks):
+        if infers_on_cpu(x, self.training) and not is_altered(self.blocks):
             return self._inferred(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
         return self.norm(x)

@@ -89,7 +89,7 @@ declare(
 declare(
     "depthwise_gate_with_input_bias",
     "(Tensor x, Tensor input_bias, Tensor weight, Tensor? bias, str act) -> Tensor",
-    default=lambda x, input_bias, *args: reference.depthwise_gate(x + input_bias, *args).contiguous(),
+    default=lambda x, input_bias, *args: reference.depthwise_gate((x + input_bias).to(x.dtype), *args).contiguous(),
     fake=lambda x, input_bias, *args: _fake(x, *args),
     flops=lambda x, input_bias, *args, out_shape=None: _flops(x, *args),
 )

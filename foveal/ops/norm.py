@@ -35,7 +35,8 @@ def add_layer_norm(
         bias: ``(C,)`` or None.
         eps: added to the variance.
         y_bias: ``(C,)`` or None. The bias of the Linear that makes y, given here and not there, saves a pass over y.
-        inplace: write the sum into x, which is returned.
+        inplace: x may be overwritten, with the sum, to save memory and time. Then nobody else may need it, nor may the
+            other arguments share its memory.
 
     Returns:
         The sum (x itself without y) and its norm, ``(*, C)``.
@@ -52,14 +53,14 @@ def add_layer_norm(
     others = [t for t in (y, y_bias, weight, bias) if t is not None]
     mixed = bool({t.dtype for t in others} - {x.dtype})
     if mixed or torch.is_autocast_enabled("cpu") or not infers_compiled("add_layer_norm", x, *others):
-        total, norm = reference.add_layer_norm(x, y, y_bias, weight, bias, eps)
-        return (x.copy_(total) if inplace and y is not None else total), norm
+        return reference.add_layer_norm(x, y, y_bias, weight, bias, eps)
     if inplace and y is not None and x.is_contiguous():
-        return x, torch.ops.foveal.add_layer_norm_(x, y, y_bias, weight, bias, eps)
-    total, norm = torch.ops.foveal.add_layer_norm(x, y, y_bias, weight, bias, eps)
-    if y is None:
+        norm = torch.ops.foveal.add_layer_norm_(x, y, y_bias, weight, bias, eps)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(x)  # or a backward pass that needs x would not notice
         return x, norm
-    return (x.copy_(total) if inplace else total), norm
+    total, norm = torch.ops.foveal.add_layer_norm(x, y, y_bias, weight, bias, eps)
+    return x if y is None else total, norm
 
 
 def _default(x: Tensor, y: Tensor | None, *args) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ declare(
 declare(
     "activate_and_pool_with_input_bias",
     "(Tensor x, Tensor input_bias, SymInt[] grid, str act) -> Tensor",
-    default=lambda x, input_bias, *args: reference.activate_and_pool(x + input_bias, *args).contiguous(),
+    default=lambda x, input_bias, *args: reference.activate_and_pool((x + input_bias).to(x.dtype), *args).contiguous(),
     fake=lambda x, input_bias, *args: _fake(x, *args),
 )
 declare(

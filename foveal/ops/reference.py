@@ -179,16 +179,18 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "g
     return (ACTIVATIONS[act](depthwise_convolution(gate, weight, bias)) * value).to(x.dtype)
 
 
+def add_branch(x: Tensor, y: Tensor, y_bias: Tensor | None) -> Tensor:
+    """``x + (y + y_bias)``, with a bias computed in float32 for half types; the dtype is that of ``x + y``."""
+    if y_bias is None:
+        return x + y
+    return (x + (at_least_float32(y) + y_bias)).to(torch.promote_types(x.dtype, y.dtype))
+
+
 def add_layer_norm(
     x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``x + (y + y_bias)`` and its LayerNorm over channels: ``(*, C)``. PyTorch's own, under autocast too."""
-    if y is None:
-        total = x
-    elif y_bias is None:
-        total = x + y
-    else:
-        total = (x + (at_least_float32(y) + y_bias)).to(torch.promote_types(x.dtype, y.dtype))
+    total = x if y is None else add_branch(x, y, y_bias)
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 

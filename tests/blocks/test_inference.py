@@ -1,6 +1,7 @@
 """Inference on the CPU, in slices of the batch and with layers joined, gives what the plain way gives."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from foveal.blocks import (
     inference,
     pixel_focused_attention,
 )
+from foveal.blocks.inference import ResidualStream, without_last_bias
 from foveal.models.stage import Block, StageModule
 from tests.helpers import assert_near, randomised
 
@@ -82,28 +84,25 @@ def test_first_layer_without_its_bias_term(bias):
         assert_near(block(x), expected, tol=1e-6)
 
 
-def test_adapted_layers_are_called():
-    """LoRA, quantisation and the like replace fc1; its weight alone would miss what they add."""
+class Join(NamedTuple):
+    """A call of the op that joins a norm to what stands before it."""
 
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    block, x = randomised(ConvGLU(6, 10)).eval(), torch.randn(2, 5, 4, 6)
-    block.fc1.__class__ = Doubled
-    expected = block(x).detach()
-    with torch.inference_mode():
-        assert_near(block(x), expected, tol=1e-6)
+    x: torch.Tensor
+    adds: bool
+    adds_bias: bool
+    inplace: bool
 
 
 @pytest.fixture
 def joined(monkeypatch):
-    """How often a norm was joined to what stands before it."""
     calls = []
     original = inference.add_layer_norm
-    monkeypatch.setattr(
-        inference, "add_layer_norm", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs)
-    )
+
+    def recorded(x, y, *args, y_bias, inplace):
+        calls.append(Join(x, y is not None, y_bias is not None, inplace))
+        return original(x, y, *args, y_bias=y_bias, inplace=inplace)
+
+    monkeypatch.setattr(inference, "add_layer_norm", recorded)
     return calls
 
 
@@ -118,7 +117,11 @@ def test_norms_and_biases_joined_to_their_neighbours_change_nothing(joined):
     assert not joined
     with torch.no_grad():
         assert_near(block(x), plain, tol=1e-6)
-    assert len(joined) == 3  # two of the block, one of the pooled map
+    assert [call[1:] for call in joined] == [
+        (False, False, False),  # the first norm
+        (False, False, False),  # that of the pooled map
+        (True, True, False),  # the second norm, after the mixer without its last bias
+    ]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -156,10 +159,13 @@ def test_sums_between_blocks_joined_to_the_next_norm_change_nothing(replaced, jo
     plain = stage(x).detach()
     with torch.no_grad():
         assert_near(stage(x), plain, tol=1e-6)
-        calls, seen = [args[1] is not None for args in joined if args[0].shape == x.shape], []
+        calls, seen = [call for call in joined if call.x.shape == x.shape], []
         stage.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
         assert_near(stage(x), plain, tol=1e-6)
-    assert sum(calls) == {None: 6, 0: 4, 1: 3, 2: 3}[replaced]
+    assert sum(call.adds for call in calls) == {None: 6, 0: 4, 1: 3, 2: 3}[replaced]
+    assert [call.adds for call in calls] == [call.adds_bias for call in calls]
+    # The first sum lies beside its input, which is not the stream's; the others where the last one lay.
+    assert sum(call.inplace for call in calls) == {None: 5, 0: 3, 1: 1, 2: 2}[replaced]
     assert len(seen) == 1
 
 
@@ -201,3 +207,157 @@ def test_a_trace_without_gradients_calls_the_norms(joined):
         assert not joined
         assert_near(torch.fx.GraphModule(block, graph)(x), block(x), tol=1e-6)
     assert {"norm1", "norm2"} <= {node.target for node in graph.nodes}
+
+
+def doubled(module):
+    """The module with another forward of its own, as accelerate and some adapters give it."""
+    original = module.forward
+    module.forward = lambda x, *args: 2 * original(x, *args)
+
+
+PARTS = ["mixer", "mixer.proj", "mixer.proj_drop", "mixer.pool.proj", "mlp", "mlp.fc1", "mlp.fc2", "mlp.drop"]
+PARTS += ["norm1", "norm2", "scale1", "scale2", "drop_path"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_forward_of_an_instance_is_called(name):
+    block, x = block_of(), torch.randn(2, 6, 5, 24)
+    doubled(block.get_submodule(name))
+    plain = block(x).detach()
+    with torch.no_grad():
+        assert_near(block(x), plain, tol=1e-6)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_hook_that_changes_a_result_is_called(name):
+    block, x = block_of(), torch.randn(2, 6, 5, 24)
+    block.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out)
+    plain = block(x).detach()
+    with torch.no_grad():
+        assert_near(block(x), plain, tol=1e-6)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_hooks_on_all_modules_see_every_part(name):
+    block, seen = block_of(), set()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.add(module))
+    try:
+        with torch.no_grad():
+            block(torch.randn(2, 6, 5, 24))
+    finally:
+        handle.remove()
+    assert block.get_submodule(name) in seen
+
+
+@pytest.mark.parametrize("name", ["scale1", "drop_path"])
+def test_in_training_every_part_is_called(name):
+    block, seen = block_of().train(), []
+    block.get_submodule(name).register_full_backward_hook(lambda *_: seen.append(name))
+    block(torch.randn(2, 6, 5, 24, requires_grad=True)).sum().backward()
+    assert seen
+
+
+@pytest.mark.parametrize("part", ["mixer", "mlp"])
+def test_a_compiled_part_runs_compiled(part):
+    torch._dynamo.reset()
+    block, x, graphs = block_of(), torch.randn(2, 6, 5, 24), []
+    plain = block(x).detach()
+    block.get_submodule(part).compile(backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch.no_grad():
+        assert_near(block(x), plain, tol=1e-6)
+    assert graphs
+
+
+@pytest.mark.parametrize("layer", [AggregatedAttention, ConvGLU])
+def test_a_subclass_with_a_forward_of_its_own(layer):
+    class Doubled(layer):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module = randomised(Doubled(24, 2)).eval()
+    x = torch.randn(2, 6, 5, 24)
+    plain = module(x).detach()
+    with torch.no_grad():
+        out, bias = without_last_bias(module, x)
+    assert bias is None
+    assert_near(out, plain, tol=1e-6)
+
+
+def test_layer_scale_applies_to_the_bias_too(joined):
+    block, x = block_of(), torch.randn(2, 6, 5, 24)
+    block.scale1, block.scale2 = (randomised(timm.layers.LayerScale(24)) for _ in range(2))
+    plain = block(x).detach()
+    with torch.no_grad():
+        assert_near(block(x), plain, tol=1e-6)
+    assert not any(call.adds_bias for call in joined)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("drop_path", timm.layers.DropPath), ("mlp.drop", nn.Dropout)])
+def test_a_dropout_that_is_left_in_training_drops(name, kind):
+    block, x = block_of(), torch.randn(2, 6, 5, 24)
+    expected = block(x).detach()
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, kind(0.999999).train())
+    with torch.no_grad():
+        assert (block(x) - expected).abs().max() > 0.1
+        block.eval()
+        assert_near(block(x), expected, tol=1e-6)
+
+
+@pytest.mark.parametrize("norms", [nn.LayerNorm, nn.Identity], ids=lambda n: n.__name__)
+def test_maps_that_others_hold_keep_their_values(norms):
+    """Mixers that keep or return what they are given, and the input of the stage."""
+
+    class Keeper(nn.Module):
+        def forward(self, x):
+            self.kept, self.value = x, x.clone()
+            return x
+
+    blocks = [Block(24, Keeper(), Keeper(), [norms(24), nn.LayerNorm(24)], nn.Identity, 0.0) for _ in range(3)]
+    stage, x = StageModule(nn.Identity(), blocks, norms(24)).eval(), torch.randn(2, 6, 5, 24)
+    plain, before = stage(x).detach(), x.clone()
+    with torch.no_grad():
+        assert_near(stage(x), plain, tol=1e-6)
+    assert x.equal(before)
+    for block in blocks:
+        for keeper in (block.mixer, block.mlp):
+            assert keeper.kept.equal(keeper.value)
+
+
+def test_the_total_of_a_stream_is_its_callers():
+    norm = nn.LayerNorm(24)
+    stream = ResidualStream(torch.randn(3, 24))
+    with torch.no_grad():
+        stream.add(torch.randn(3, 24))
+        stream.normalize(norm)
+        total = stream.total()
+        before = total.clone()
+        stream.add(torch.randn(3, 24), torch.randn(24))
+        stream.normalize(norm)
+    assert total.equal(before)
+    assert not stream.total().equal(before)
+
+
+def test_autocast_keeps_the_dtype_of_the_stream():
+    block, x = block_of(), torch.randn(2, 6, 5, 24).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = block(x).detach()
+        with torch.no_grad():
+            ours = block(x)
+    assert ours.dtype == plain.dtype
+    assert_near(ours.float(), plain.float(), tol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["mixer.qkv", "mixer.proj", "mixer.pool.proj", "mlp.fc1", "mlp.fc2"])
+def test_adapted_layers_are_called(name):
+    """LoRA, quantisation and the like replace a Linear; its weight alone would miss what they add."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block, x = block_of(), torch.randn(2, 6, 5, 24)
+    block.get_submodule(name).__class__ = Doubled
+    expected = block(x).detach()
+    with torch.inference_mode():
+        assert_near(block(x), expected, tol=1e-6)

@@ -204,3 +204,15 @@ def test_runs_repeat_bit_for_bit():
     function, tensors = make(Case((10, 9), (3, 3)), torch.bfloat16, torch.float32)
     for first, again in zip(*(emulated_results(function, tensors) for _ in range(2)), strict=True):
         assert first.equal(again)
+
+
+def test_an_index_outside_the_table_makes_nan():
+    """And reads no memory beside the table; on the CPU it is an error."""
+    arguments = raw_arguments(Case((3, 4), (2, 2)))
+    for outside in (100, -1, 1 << 32):
+        wrong = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+        wrong[9][0, 0] = outside
+        with emulated_in_poisoned_memory():
+            out = torch.ops.foveal.aggregated_attention(*wrong)[0]
+        assert out[:, 0].isnan().all()
+        assert out[:, 1:].isfinite().all()

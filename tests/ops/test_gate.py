@@ -172,7 +172,7 @@ def test_working_memory_is_written_before_it_is_read():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bias_of_the_input_without_a_pass_of_its_own(shape, dtype):
+def test_bias_of_the_input(shape, dtype):
     x, weight, bias = (t.detach() for t in inputs(shape, dtype))
     input_bias = torch.randn(x.shape[-1], dtype=dtype)
     with poisoned_memory():

@@ -25,7 +25,7 @@ def plain(x, y, weight, bias, eps=1e-5, y_bias=None):
         total = x + y
     else:
         exact = torch.promote_types(x.dtype, torch.float32)
-        total = (x.to(exact) + (y.to(exact) + y_bias.to(exact))).to(x.dtype)
+        total = (x.to(exact) + (y.to(exact) + y_bias.to(exact))).to(torch.promote_types(x.dtype, y.dtype))
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
@@ -33,9 +33,9 @@ def assert_accurate(x, y, weight, bias, eps=1e-5, y_bias=None):
     with torch.no_grad(), ops.backend("compiled"), poisoned_memory():
         total, norm = ops.add_layer_norm(x, y, weight, bias, eps, y_bias=y_bias)
         stream = x.clone(memory_format=torch.preserve_format)
-        written, same_norm = ops.add_layer_norm(stream, y, weight, bias, eps, y_bias=y_bias, inplace=True)
-    assert written is stream
-    assert written.equal(total)
+        same_total, same_norm = ops.add_layer_norm(stream, y, weight, bias, eps, y_bias=y_bias, inplace=True)
+    assert same_total.equal(total)
+    assert (same_total is stream) == (y is None or stream.is_contiguous())
     assert same_norm.equal(norm)
     expected_total, theirs = plain(x, y, weight, bias, eps, y_bias)
     assert total.equal(expected_total)
@@ -118,15 +118,32 @@ def test_has_the_gradients_of_pytorch():
 @pytest.mark.parametrize("name", ["auto", "reference"])
 def test_in_place_in_any_layout_and_backend(name):
     x, y, weight, bias = operands((4, 6, 24), torch.float32)
-    expected = plain(x, y, weight, bias)
+    y_bias = torch.randn(24)
+    expected = plain(x, y, weight, bias, y_bias=y_bias)
     with torch.no_grad(), ops.backend(name):
         for stream in (x.clone(), x.transpose(0, 1).contiguous().transpose(0, 1)):
-            total, norm = ops.add_layer_norm(stream, y, weight, bias, inplace=True)
-            assert total is stream
-            torch.testing.assert_close((total, norm), expected)
+            ours = ops.add_layer_norm(stream, y, weight, bias, y_bias=y_bias, inplace=True)
+            torch.testing.assert_close(ours, expected)
         alone = x.clone()
         assert ops.add_layer_norm(alone, None, weight, bias, inplace=True)[0] is alone
         assert alone.equal(x)
+
+
+@needs_compiler
+def test_a_backward_pass_notices_that_its_input_was_overwritten():
+    x, y, weight, bias = operands((4, 24), torch.float32)
+    product = (x * torch.ones(24, requires_grad=True)).sum()
+    with torch.no_grad():
+        ops.add_layer_norm(x, y, weight, bias, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@needs_compiler
+def test_only_dense_memory_is_overwritten():
+    x, y, weight, bias = operands((4, 6, 24), torch.float32)
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        torch.ops.foveal.add_layer_norm_(x.transpose(0, 1), y.transpose(0, 1), None, weight, bias, 1e-5)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
@@ -134,9 +151,8 @@ def test_mixed_dtypes_are_pytorchs(dtypes):
     x, y, weight, bias = operands((3, 24), torch.float32)
     x, y = x.to(dtypes[0]), y.to(dtypes[1])
     with torch.no_grad():
-        theirs = plain(x, y, weight, bias)
-        for y_bias in (None, torch.zeros(24)):
-            ours = ops.add_layer_norm(x, y, weight, bias, y_bias=y_bias)
+        for y_bias in (None, torch.randn(24)):
+            ours, theirs = (f(x, y, weight, bias, y_bias=y_bias) for f in (ops.add_layer_norm, plain))
             assert [t.dtype for t in ours] == [t.dtype for t in theirs]
             torch.testing.assert_close(ours, theirs)
 
@@ -160,9 +176,12 @@ def test_registration():
 def test_compiles_as_one_graph(inplace):
     torch._dynamo.reset()
     x, y, weight, bias = operands((2, 3, 24), torch.float32)
-    compiled = torch.compile(partial(ops.add_layer_norm, inplace=inplace), fullgraph=True, backend="aot_eager")
+    y_bias = torch.randn(24)
+    add = partial(ops.add_layer_norm, y_bias=y_bias, inplace=inplace)
+    compiled = torch.compile(add, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x.clone(), y, weight, bias), plain(x, y, weight, bias))
+        ours = compiled(x.clone(), y, weight, bias)
+    torch.testing.assert_close(ours, plain(x, y, weight, bias, y_bias=y_bias))
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_compiles_as_one_graph_for_all_sizes():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("shape", "grid"), CASES, ids=str)
-def test_bias_of_the_input_without_a_pass_of_its_own(shape, grid, dtype):
+def test_bias_of_the_input(shape, grid, dtype):
     x, input_bias = tokens(shape, dtype).detach(), torch.randn(shape[-1]).to(dtype)
     with poisoned_memory():
         assert_as_accurate(lambda *t: ops.activate_and_pool(t[0], grid, input_bias=t[1]), [x, input_bias])
@@ -112,8 +112,8 @@ def test_bias_of_the_input_without_a_pass_of_its_own(shape, grid, dtype):
 @needs_compiler
 def test_bias_of_the_input_has_a_gradient():
     x, input_bias = tokens((2, 6, 5, 20)), torch.randn(20, requires_grad=True)
-    for map in (x, x.detach()):
-        assert_as_accurate(lambda *t: ops.activate_and_pool(t[0], (2, 3), input_bias=t[1]), [map, input_bias])
+    for tensor in (x, x.detach()):
+        assert_as_accurate(lambda *t: ops.activate_and_pool(t[0], (2, 3), input_bias=t[1]), [tensor, input_bias])
 
 
 @needs_compiler

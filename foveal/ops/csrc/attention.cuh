@@ -77,11 +77,13 @@ struct Attention {
   }
 
   // The bias of the query (i, j) and the pooled key (a, b), where there is a table; those beyond the maps' ends get that
-  // of the last.
+  // of the last. An index outside of the table makes NaN: the CPU's kernels raise, which here would wait for the GPU.
   __device__ __forceinline__ float pooled_bias(int head, int i, int j, int a, int b) const {
     i = i < height ? i : height - 1, j = j < width ? j : width - 1, a = a < pool_height ? a : pool_height - 1;
-    const int row = int(rows[i * pool_height + a]), column = int(columns[j * pool_width + b]);
-    return table[int64_t(head) * (table_height * table_width) + (row * table_width + column)];
+    const int64_t row = rows[i * pool_height + a], column = columns[j * pool_width + b];
+    const bool found = uint64_t(row) < unsigned(table_height) && uint64_t(column) < unsigned(table_width);
+    const int entry = int(row) * table_width + int(column);
+    return found ? table[int64_t(head) * (table_height * table_width) + entry] : __uint_as_float(0x7fc00000);
   }
 };
 

@@ -33,6 +33,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>&
 
 Tensor in_place(Tensor x, const Tensor& added, const Parameter& added_bias, const Parameter& weight,
                 const Parameter& bias, double eps) {
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous to be overwritten");
   return normalize(x, added, added_bias, weight, bias, eps, &x);
 }
 

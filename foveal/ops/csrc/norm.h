@@ -5,8 +5,8 @@
 
 namespace foveal {
 
-// Rows of `channels`, dense. Without `added` nothing is added, and there is no `sum`, which may be x itself. Everything is
-// of one dtype; parameters are null where absent.
+// Rows of `channels`, dense. `sum` may be x itself; without `added` it is null. Everything is of one dtype; parameters are
+// null where absent.
 struct NormProblem {
   int64_t rows, channels;
   double eps;
