@@ -15,6 +15,7 @@ from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
 from foveal.ops._checks import check_choice
 from foveal.ops.reference import at_least_float32
+from foveal.ops.tracing import is_exporting
 
 
 class LengthScaledCosineAttention(nn.Module):
@@ -109,7 +110,7 @@ class LengthScaledCosineAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             scale=1.0,
         )
-        if torch.compiler.is_exporting():  # strides differ from kernel to kernel, an exported view must hold for all
+        if is_exporting():  # strides differ from kernel to kernel, an exported view must hold for all
             out = out.clone(memory_format=torch.contiguous_format)
         return rearrange(out, "b n (h w) d -> b h w (n d)", h=grid[0])
 

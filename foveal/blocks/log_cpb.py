@@ -10,6 +10,7 @@ from foveal.blocks.checks import Grid, check_positive
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.replaced import may_take_apart
 from foveal.ops import PositionBias, log_cpb_table, reference
+from foveal.ops.tracing import is_exporting
 
 _RANGE = 8.0  # relative coordinates are stretched to [-8, 8] at the pre-training size, then log-compressed to [-1, 1]
 
@@ -82,7 +83,7 @@ class LogCPB(nn.Module):
         return PositionBias(self._table(rows, columns, pretrain_grid), row_index, column_index)
 
     def _offsets(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_exporting():
             return torch.ops.foveal.relative_offsets(self._like, queries, keys)
         return relative_offsets(queries, keys, self._like.device)
 

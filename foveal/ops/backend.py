@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveal.ops import library
 from foveal.ops._checks import check_choice
+from foveal.ops.tracing import is_exporting
 
 BACKENDS = ("auto", "compiled", "reference")
 COMPILED_DTYPES = {
@@ -18,6 +19,7 @@ COMPILED_DTYPES = {
 }
 
 _chosen: ContextVar[str | None] = ContextVar("foveal_backend", default=None)
+_chosen_for_graphs: str | None = None  # the last choice of any thread; PyTorch before 2.14 cannot trace a ContextVar
 
 
 @contextmanager
@@ -32,12 +34,16 @@ def backend(name: str) -> Iterator[None]:
         >>> with foveal.ops.backend("reference"):
         ...     y = model(x)
     """
+    global _chosen_for_graphs
     check_choice("backend", name, BACKENDS)
-    token = _chosen.set(name)
+    before, token = _chosen_for_graphs, None if torch.compiler.is_compiling() else _chosen.set(name)
+    _chosen_for_graphs = name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen_for_graphs = before
+        if token is not None:
+            _chosen.reset(token)
 
 
 def _environment_backend() -> str:
@@ -51,7 +57,7 @@ _default = _environment_backend()
 
 def current_backend() -> str:
     """The backend in force: "auto", "compiled" or "reference"."""
-    return _chosen.get() or _default
+    return (_chosen_for_graphs if torch.compiler.is_compiling() else _chosen.get()) or _default
 
 
 def runs_compiled(op: str, x: Tensor, unsupported: Sequence[str] = ()) -> bool:
@@ -97,7 +103,7 @@ def unserved_dtype(x: Tensor) -> list[str]:
 def circumstances(x: Tensor) -> list[str]:
     """Reasons that lie in how an op is called."""
     reasons = []
-    if torch.compiler.is_exporting():
+    if is_exporting():
         reasons.append("the graph is being exported, and is to run without foveal")
     if torch._C._are_functorch_transforms_active():
         reasons.append("a torch.func transform is active")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.ops.position_bias import Grid, PositionBias
+from foveal.ops.tracing import is_exporting
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -28,13 +29,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _without_autocast(function: Callable) -> Callable:
     """Keep autocast from lowering the precision that the definition asks for."""
 
     @wraps(function)
     def wrapper(x: Tensor, *args, **kwargs):
         device_type = x.device.type
-        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
             return function(x, *args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return function(x, *args, **kwargs)
@@ -69,7 +75,7 @@ def inside_map(grid: Grid, window_size: int, device: torch.device) -> Tensor:
 def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     """``q . k`` over the sliding window: ``(B, H, W, heads, d)`` twice to ``(B, H, W, heads, k * k)``, -inf outside."""
     query, key = at_least_float32(q), at_least_float32(k)
-    if torch.compiler.is_exporting():  # sums that a compiler fuses, not a product of tiny matrices for every cell
+    if is_exporting():  # sums that a compiler fuses, not a product of tiny matrices for every cell
         scores = torch.stack([(query * near).sum(-1) for near in shifted(key, window_size)], dim=-1)
     else:
         scores = (query.unsqueeze(-2) @ windows(key, window_size)).squeeze(-2)
@@ -84,7 +90,7 @@ def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
     Cells outside the map hold zeros, so their weights add nothing.
     """
     weight, value = at_least_float32(weights), at_least_float32(v)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         terms = (weight[..., i : i + 1] * near for i, near in enumerate(shifted(value, window_size)))
         return reduce(torch.add, terms).to(v.dtype)
     return (windows(value, window_size) @ weight.unsqueeze(-1)).squeeze(-1).to(v.dtype)
@@ -151,7 +157,7 @@ def aggregated_attention_weights(
     far = torch.einsum("bhwnd,bpnd->bhwnp", query, k_pool.flatten(1, 2))
     if pool_bias is not None and pool_rows is not None and pool_columns is not None:
         bias = PositionBias(at_least_float32(pool_bias), pool_rows, pool_columns).dense()
-        far = far + bias.unflatten(1, grid).permute(1, 2, 0, 3)
+        far = far + bias.reshape(bias.shape[0], *grid, -1).permute(1, 2, 0, 3)
 
     logits = torch.cat([near, far], dim=-1)
     weights = F.dropout(logits.softmax(dim=-1), dropout_p) if dropout_p else logits.softmax(dim=-1)
@@ -198,7 +204,7 @@ def add_layer_norm(
 def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""
     activated = ACTIVATIONS[act](at_least_float32(x))
-    if torch.compiler.is_exporting():  # other runtimes pool a map of unknown size no other way
+    if is_exporting():  # other runtimes pool a map of unknown size no other way
         rows, columns = (averages(x.shape[1 + i], grid[i], activated) for i in (0, 1))
         return torch.einsum("ah,bhwc,ew->baec", rows, activated, columns).to(x.dtype)
     pooled = F.adaptive_avg_pool2d(activated.permute(0, 3, 1, 2), (grid[0], grid[1]))
