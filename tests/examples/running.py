@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "FOVEAL_BACKEND": "referenc
 
 
 def start(name: str, *args, **kwargs) -> subprocess.Popen:
+    def listen() -> None:  # Ctrl-C is ignored in what a shell runs in the background, these tests maybe
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     command = [sys.executable, str(EXAMPLES / name), *map(str, args)]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **kwargs)
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, preexec_fn=listen, **kwargs)
 
 
 def run(name: str, *args, code: int = 0) -> tuple[str, str]:
