@@ -19,7 +19,7 @@ COMPILED_DTYPES = {
 }
 
 _chosen: ContextVar[str | None] = ContextVar("foveal_backend", default=None)
-_chosen_for_graphs: str | None = None  # the last choice of any thread; PyTorch before 2.14 cannot trace a ContextVar
+_chosen_for_graphs: str | None = None  # the last choice of any thread; PyTorch 2.11 cannot trace a ContextVar
 
 
 @contextmanager

@@ -4,5 +4,5 @@ import torch
 
 
 def is_exporting() -> bool:
-    """``torch.compiler.is_exporting()``, which before 2.14 answers yes in every graph of ``torch.compile``."""
+    """``torch.compiler.is_exporting()``, which in PyTorch 2.11 answers yes in every graph of ``torch.compile``."""
     return torch.compiler._is_exporting_flag
