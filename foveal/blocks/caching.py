@@ -38,7 +38,7 @@ def cached_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    """``list(module.parameters())`` in a tenth of the time."""
+    """``list(module.parameters())`` in a quarter of the time."""
     found = [p for p in module._parameters.values() if p is not None]
     for part in module._modules.values():
         if part is not None:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import Grid, check_heads, check_map, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
-from foveal.blocks.inference import is_idle, is_plain_linear
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
+from foveal.blocks.projected_attention import ProjectedAttention
 from foveal.ops._checks import check_choice
 from foveal.ops.reference import at_least_float32
 from foveal.ops.tracing import is_exporting
 
 
-class LengthScaledCosineAttention(nn.Module):
+class LengthScaledCosineAttention(ProjectedAttention):
     """Softmax of ``(q^ + QE) softplus(tau) log(N) . k^ + B`` over all N = H * W cells (equation 9).
 
     Maps ``(B, H, W, C)`` to the same shape, at any H, W >= 1.
@@ -88,15 +88,6 @@ class LengthScaledCosineAttention(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"temperature"} | ({"query_embedding"} if self.query_embedding is not None else set())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(self._attended(x)))
-
-    def without_last_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``forward(x)`` in two parts, see :func:`foveal.blocks.inference.without_last_bias`."""
-        if not is_plain_linear(self.proj) or not is_idle(self.proj_drop):
-            return self(x), None
-        return F.linear(self._attended(x), self.proj.weight), self.proj.bias
 
     def _attended(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)

@@ -27,9 +27,7 @@ def is_altered(module: nn.Module) -> bool:
 
     So it is with hooks, with a forward of the instance's own (accelerate, some adapters), and after ``.compile()``.
     """
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return True
-    if module._compiled_call_impl is not None:
+    if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or "forward" in vars(module):
         return True
     for part in module._modules.values():  # noqa: SIM110 (asked hundreds of times in a pass: its generators are felt)
         if part is not None and is_altered(part):

@@ -12,15 +12,16 @@ from foveal.blocks.activate_and_pool import ActivateAndPool
 from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import Grid, check_heads, check_map, check_positive, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
-from foveal.blocks.inference import infers_on_cpu, is_idle, is_plain_linear
+from foveal.blocks.inference import infers_on_cpu, is_plain_linear
 from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
+from foveal.blocks.projected_attention import ProjectedAttention
 from foveal.blocks.replaced import may_take_apart
 from foveal.ops import PositionBias, aggregated_attention, reference
 from foveal.ops._checks import check_choice, check_window_size
 
 
-class PixelFocusedAttention(nn.Module):
+class PixelFocusedAttention(ProjectedAttention):
     """Attention of every cell to the window around it and to a pooled map (equations 1-5).
 
     Maps ``(B, H, W, C)`` to the same shape, at any H, W >= 1.
@@ -141,15 +142,6 @@ class PixelFocusedAttention(nn.Module):
     def key_grid(self, grid: Grid) -> Grid:
         """The pooled grid of a query grid."""
         return self.pool_grid or (max(1, grid[0] // self.pool_ratio), max(1, grid[1] // self.pool_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(self._attended(x)))
-
-    def without_last_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``forward(x)`` in two parts, see :func:`foveal.blocks.inference.without_last_bias`."""
-        if not is_plain_linear(self.proj) or not is_idle(self.proj_drop):
-            return self(x), None
-        return F.linear(self._attended(x), self.proj.weight), self.proj.bias
 
     def _attended(self, x: Tensor) -> Tensor:
         operands = self._operands(x, may_leave_bias=True)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from foveal.blocks.attention_weights import AttentionWeights
 from foveal.blocks.checks import check_heads, check_map, check_positive, check_probability
 from foveal.blocks.initialization import init_convolution, init_linear
+from foveal.blocks.projected_attention import ProjectedAttention
 from foveal.ops.reference import at_least_float32
 
 
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(ProjectedAttention):
     """Scaled dot-product attention to a reduced map, ``(B, H, W, C)`` to the same shape (PVTv2, arXiv 2106.13797).
 
     Keys and values come from ``norm(conv(x))``, a convolution whose kernel and stride are the ratio. A side shorter
@@ -60,12 +61,12 @@ class SpatialReductionAttention(nn.Module):
         if self.sr is not None:
             init_convolution(self.sr)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _attended(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
         height = x.shape[1]
         q, k, v = self._heads(x, self._reduce(x))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=height)))
+        return rearrange(out, "b n (h w) d -> b h w (n d)", h=height)
 
     def attention_weights(self, x: Tensor) -> AttentionWeights:
         """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""

@@ -127,7 +127,7 @@ def aggregated_attention(
 
 
 def _biased(input_bias: Tensor, *maps: Tensor) -> list[Tensor]:
-    return [(x + bias).to(x.dtype) for x, bias in zip(maps, input_bias, strict=True)]
+    return [reference.biased(x, bias) for x, bias in zip(maps, input_bias, strict=True)]
 
 
 def _unsupported(q: Tensor, k_pool: Tensor, dropout_p: float) -> list[str]:

@@ -49,7 +49,7 @@ def depthwise_gate(
         # Large kernels would lose digits where little of them is on the map.
         if size <= 7 and infers_compiled("depthwise_gate", x, weight, bias, input_bias):
             return torch.ops.foveal.depthwise_gate_with_input_bias(x, input_bias, weight, bias, act)
-        x = (x + input_bias).to(x.dtype)
+        x = reference.biased(x, input_bias)
     if runs_compiled("depthwise_gate", x, unserved_dtype(x)):
         return torch.ops.foveal.depthwise_gate(x, weight, bias, act)
     return reference.depthwise_gate(x, weight, bias, act)
@@ -89,7 +89,7 @@ declare(
 declare(
     "depthwise_gate_with_input_bias",
     "(Tensor x, Tensor input_bias, Tensor weight, Tensor? bias, str act) -> Tensor",
-    default=lambda x, input_bias, *args: reference.depthwise_gate((x + input_bias).to(x.dtype), *args).contiguous(),
+    default=lambda x, input_bias, *args: reference.depthwise_gate(reference.biased(x, input_bias), *args).contiguous(),
     fake=lambda x, input_bias, *args: _fake(x, *args),
     flops=lambda x, input_bias, *args, out_shape=None: _flops(x, *args),
 )

@@ -38,7 +38,7 @@ def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu", *, inpu
         check_same_device(x, input_bias=input_bias)
         if infers_compiled("activate_and_pool", x, input_bias):
             return torch.ops.foveal.activate_and_pool_with_input_bias(x, input_bias, tuple(grid), act)
-        x = (x + input_bias).to(x.dtype)
+        x = reference.biased(x, input_bias)
     if runs_compiled("activate_and_pool", x, _unsupported(x, grid)):
         return torch.ops.foveal.activate_and_pool(x, tuple(grid), act)
     return reference.activate_and_pool(x, grid, act)
@@ -78,7 +78,9 @@ declare(
 declare(
     "activate_and_pool_with_input_bias",
     "(Tensor x, Tensor input_bias, SymInt[] grid, str act) -> Tensor",
-    default=lambda x, input_bias, *args: reference.activate_and_pool((x + input_bias).to(x.dtype), *args).contiguous(),
+    default=lambda x, input_bias, *args: reference.activate_and_pool(
+        reference.biased(x, input_bias), *args
+    ).contiguous(),
     fake=lambda x, input_bias, *args: _fake(x, *args),
 )
 declare(

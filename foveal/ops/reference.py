@@ -185,6 +185,11 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "g
     return (ACTIVATIONS[act](depthwise_convolution(gate, weight, bias)) * value).to(x.dtype)
 
 
+def biased(x: Tensor, bias: Tensor) -> Tensor:
+    """``x + bias`` in the dtype of x."""
+    return (x + bias).to(x.dtype)
+
+
 def add_branch(x: Tensor, y: Tensor, y_bias: Tensor | None) -> Tensor:
     """``x + (y + y_bias)``, with a bias computed in float32 for half types; the dtype is that of ``x + y``."""
     if y_bias is None:
