@@ -16,12 +16,12 @@ from setuptools.command.build_py import build_py
 
 
 def _builders():
-    """foveal.ops.build and its like, without importing the package and what it needs."""
-    for name in ("foveal", "foveal.ops"):
+    """foveal.ops.compiled, its build and its like, without importing the package and what it needs."""
+    for name in ("foveal", "foveal.ops", "foveal.ops.compiled"):
         package = types.ModuleType(name)
         package.__path__ = [str(Path(__file__).parent / name.replace(".", "/"))]
         sys.modules[name] = package
-    from foveal.ops import build, recipes, toolchain
+    from foveal.ops.compiled import build, recipes, toolchain
 
     return build, recipes, toolchain
 
@@ -36,7 +36,7 @@ class BuildWithLibrary(build_py):
         objects = Path(self.get_finalized_command("build").build_temp).resolve()
         for target in targets:
             library = build.compile_library(objects / target.device, target)
-            shutil.copy(library, Path(self.build_lib) / "foveal" / "ops" / target.name)
+            shutil.copy(library, Path(self.build_lib) / "foveal" / "ops" / "compiled" / target.name)
 
 
 class PlatformWheel(bdist_wheel):

@@ -19,7 +19,7 @@ os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
 os.environ["FOVEAL_NVCCFLAGS"] = "-Xptxas -v -Werror all-warnings --keep --keep-dir ."
 os.environ.setdefault("FOVEAL_BUILD_TIMEOUT", "900")
 
-from foveal.ops import build, recipes, toolchain  # noqa: E402
+from foveal.ops.compiled import build, recipes, toolchain  # noqa: E402
 
 
 def planned_occupancy(objects: Path) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,8 @@ import timm
 import torch
 
 import foveal
-from foveal.ops import build, current_backend, library, toolchain
+from foveal.ops import current_backend
+from foveal.ops.compiled import build, library, toolchain
 
 
 def report() -> None:

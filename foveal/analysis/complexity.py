@@ -6,7 +6,7 @@ They count matrix products and convolutions, as the paper's equations do: no nor
 from collections.abc import Sequence
 from math import prod
 
-from foveal.blocks.checks import check_positive, to_grid
+from foveal.blocks._checks import check_positive, to_grid
 from foveal.ops._checks import check_window_size
 
 Sides = int | Sequence[int]

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal.blocks.activation import activation_name
-from foveal.blocks.checks import check_map
+from foveal.blocks._activation import activation_name
+from foveal.blocks._checks import check_map
+from foveal.blocks._initialization import init_convolution
 from foveal.blocks.inference import infers_on_cpu, is_plain_linear, normalize
-from foveal.blocks.initialization import init_convolution
 from foveal.ops import activate_and_pool
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from foveal.blocks.checks import check_map, check_positive
+from foveal.blocks._checks import check_map, check_positive
+from foveal.blocks._initialization import init_linear
 from foveal.blocks.depthwise_conv import DepthwiseConv
-from foveal.blocks.initialization import init_linear
 
 
 class ConvFFN(nn.Module):

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks.activation import activation_name
+from foveal.blocks._activation import activation_name
 from foveal.blocks.glu import DepthwiseGLU
 from foveal.blocks.inference import infers_on_cpu, is_plain_linear
 from foveal.ops import depthwise_gate

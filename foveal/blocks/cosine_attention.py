@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from foveal.blocks._checks import Grid, check_heads, check_map, check_probability, to_grid
+from foveal.blocks._initialization import init_linear
 from foveal.blocks.attention_weights import AttentionWeights
-from foveal.blocks.checks import Grid, check_heads, check_map, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
-from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
 from foveal.blocks.projected_attention import ProjectedAttention
 from foveal.ops._checks import check_choice

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from foveal.blocks.initialization import init_convolution
+from foveal.blocks._initialization import init_convolution
 
 
 class DepthwiseConv(nn.Conv2d):

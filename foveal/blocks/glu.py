@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal.blocks.checks import check_map, check_positive
+from foveal.blocks._checks import check_map, check_positive
+from foveal.blocks._initialization import init_linear
 from foveal.blocks.depthwise_conv import DepthwiseConv
 from foveal.blocks.inference import in_slices, is_idle, is_plain_linear
-from foveal.blocks.initialization import init_linear
 
 
 class GLU(nn.Module):

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks.caching import WeightedCache, cached_by_size
-from foveal.blocks.checks import Grid, check_positive
-from foveal.blocks.initialization import init_linear
+from foveal.blocks._caching import WeightedCache, cached_by_size
+from foveal.blocks._checks import Grid, check_positive
+from foveal.blocks._initialization import init_linear
 from foveal.blocks.replaced import may_take_apart
 from foveal.ops import PositionBias, log_cpb_table, reference
 from foveal.ops.tracing import is_exporting

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from foveal.blocks.checks import check_map, check_positive
+from foveal.blocks._checks import check_map, check_positive
+from foveal.blocks._initialization import init_convolution
 from foveal.blocks.inference import normalize
-from foveal.blocks.initialization import init_convolution
 
 
 class OverlapPatchEmbed(nn.Module):

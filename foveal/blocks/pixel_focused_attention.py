@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveal.blocks._checks import Grid, check_heads, check_map, check_positive, check_probability, to_grid
+from foveal.blocks._initialization import init_linear
 from foveal.blocks.activate_and_pool import ActivateAndPool
 from foveal.blocks.attention_weights import AttentionWeights
-from foveal.blocks.checks import Grid, check_heads, check_map, check_positive, check_probability, to_grid
 from foveal.blocks.cosine_scale import init_temperature, temperature_scale
 from foveal.blocks.inference import infers_on_cpu, is_plain_linear
-from foveal.blocks.initialization import init_linear
 from foveal.blocks.log_cpb import LogCPB
 from foveal.blocks.projected_attention import ProjectedAttention
 from foveal.blocks.replaced import may_take_apart

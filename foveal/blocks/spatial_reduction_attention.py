@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from foveal.blocks._checks import check_heads, check_map, check_positive, check_probability
+from foveal.blocks._initialization import init_convolution, init_linear
 from foveal.blocks.attention_weights import AttentionWeights
-from foveal.blocks.checks import check_heads, check_map, check_positive, check_probability
-from foveal.blocks.initialization import init_convolution, init_linear
 from foveal.blocks.projected_attention import ProjectedAttention
 from foveal.ops.reference import at_least_float32
 

@@ -15,10 +15,10 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from foveal.blocks.checks import check_probability, to_grid
-from foveal.blocks.factory import located
-from foveal.blocks.initialization import init_linear
-from foveal.models.dry_run import output_shape
+from foveal.blocks._checks import check_probability, to_grid
+from foveal.blocks._factory import located
+from foveal.blocks._initialization import init_linear
+from foveal.models._dry_run import output_shape
 from foveal.models.stage import Stage, build_downsample, build_stage
 
 _PROBE = 256  # side of the map on which a downsampling's ratio is read off

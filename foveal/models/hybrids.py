@@ -7,7 +7,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 
 from foveal.blocks import ConvGLU
-from foveal.models.swap import swap
+from foveal.models.hosts import swap
 
 __all__ = ["ConvGLUVisionTransformer"]  # timm adds every registered entry point below
 

@@ -10,10 +10,10 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from foveal.blocks import OverlapPatchEmbed
-from foveal.blocks.checks import check_probability
-from foveal.blocks.factory import call, located
+from foveal.blocks._checks import check_probability
+from foveal.blocks._factory import call, located
 from foveal.blocks.inference import ResidualStream, infers_on_cpu, is_altered, is_idle, without_last_bias
-from foveal.models.dry_run import output_shape
+from foveal.models._dry_run import output_shape
 
 Factory = Callable[..., nn.Module]
 

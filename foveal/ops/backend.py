@@ -8,8 +8,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from foveal.ops import library
 from foveal.ops._checks import check_choice
+from foveal.ops.compiled import library
 from foveal.ops.tracing import is_exporting
 
 BACKENDS = ("auto", "compiled", "reference")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_shape
-from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
 from foveal.ops.backend import circumstances, current_backend, runs_compiled
 
 _HIDDEN_ELEMENTS = 1 << 22  # of the hidden layer at a time: 16 MB in float32

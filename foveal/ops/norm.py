@@ -5,7 +5,7 @@ from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_floating, check_same_device, check_shape
-from foveal.ops._library import declare
+from foveal.ops._declaration import declare
 from foveal.ops.backend import infers_compiled
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_choice, check_dim, check_floating, check_grid, check_same_device, check_shape
-from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients
+from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients
 from foveal.ops.backend import infers_compiled, runs_compiled, unserved_dtype
 
 _MAX_SIDE_ON_GPUS = 65535  # whose product with another still fits 32 bits

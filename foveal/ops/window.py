@@ -5,7 +5,7 @@ from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_same_device, check_same_dtype, check_shape, check_window_size
-from foveal.ops._library import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
 from foveal.ops.backend import runs_compiled, unserved_dtype
 
 _MAP = "(B, H, W, heads, d)"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foveal.ops import library
 from foveal.ops.backend import COMPILED_DTYPES
+from foveal.ops.compiled import library
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 

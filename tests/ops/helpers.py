@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveal.ops import backend, library
+from foveal.ops import backend
+from foveal.ops.compiled import library
 
 # Of which a device's kernels serve some: a test over them runs with those (conftest.py).
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

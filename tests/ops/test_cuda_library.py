@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from foveal.__main__ import report
-from foveal.ops import library, recipes, toolchain
-from foveal.ops.toolchain import Architecture, BuildError
+from foveal.ops.compiled import library, recipes, toolchain
+from foveal.ops.compiled.toolchain import Architecture, BuildError
 
 pytestmark = pytest.mark.skipif(not toolchain.SUPPORTED, reason="no compiled library on this platform")
 
@@ -166,10 +166,10 @@ def test_the_libraries_do_not_depend_on_each_others_sources(machine, tmp_path):
         return library.target("cpu").name, library.target("cuda").name
 
     cpu, cuda = names()
-    (sources / "gate.cu").write_text("// changed")
+    (sources / "cuda" / "gate.cu").write_text("// changed")
     assert names()[0] == cpu
     assert names()[1] != cuda
     cpu, cuda = names()
-    (sources / "gate_kernel.cpp").write_text("// changed")
+    (sources / "cpu" / "gate_kernel.cpp").write_text("// changed")
     assert names()[0] != cpu
     assert names()[1] == cuda

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from foveal import ops
-from foveal.ops import build, library, recipes, toolchain
+from foveal.ops.compiled import build, library, recipes, toolchain
 from tests.ops.helpers import needs_compiler
 
 pytestmark = pytest.mark.skipif(not toolchain.SUPPORTED, reason="no compiled library on this platform")
@@ -61,7 +61,7 @@ def test_first_use_builds_and_the_cache_serves_the_second(compiler, loaded, capf
     assert library.why_not("cpu") is None
     assert "foveal: building the cpu kernels" in capfd.readouterr().err
     count = len(calls())
-    assert count > len(list(recipes.SOURCES.glob("*.cpp")))  # kernels once per instruction set, and a link
+    assert count > len(list(recipes.SOURCES.rglob("*.cpp")))  # kernels once per instruction set, and a link
     library._reasons.clear()
     assert library.why_not("cpu") is None
     assert capfd.readouterr().err == ""

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from timm.layers import Format
 from torch import Tensor, nn
 
-from foveal.blocks.checks import Grid
+from foveal.blocks._checks import Grid
 
 
 class HasGrid(Protocol):

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from foveal.blocks._factory import call
 from foveal.blocks.conv_glu import ConvGLU
-from foveal.blocks.factory import call
 from foveal.blocks.layouts.channels_first import ChannelsFirst
 from foveal.blocks.layouts.grid import HasGrid
 from foveal.blocks.layouts.tokens import TokenMixer, Tokens

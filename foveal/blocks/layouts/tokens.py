@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks.checks import Grid, to_grid
+from foveal.blocks._checks import Grid, to_grid
 from foveal.blocks.layouts.adapter import Adapter
 from foveal.blocks.layouts.grid import HasGrid
 

@@ -10,7 +10,7 @@ from torch import nn
 from foveal import swap
 from foveal.blocks import AggregatedAttention, ConvGLU
 from foveal.blocks.layouts.adapter import Adapter
-from foveal.models.whole_maps import see_whole_maps
+from foveal.models.hosts.whole_maps import see_whole_maps
 from tests.helpers import assert_near, randomised
 from tests.models.hosts.tiny import HOSTS, MIXED
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foveal.ops import backend, build, library, recipes, toolchain
+from foveal.ops import backend
 from foveal.ops.backend import COMPILED_DTYPES
+from foveal.ops.compiled import build, library, recipes, toolchain
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -33,7 +34,7 @@ def _flags() -> str:
 def _target() -> recipes.Target:
     tools, torch_at, flags = toolchain.toolchain(), toolchain.torch_directory(), _flags()
     headers = recipes.hash_of(flags, *sorted(HERE.glob("*.h")))
-    sources = [HERE / "emulator.cpp", HERE / "probes.cu", *sorted(recipes.SOURCES.glob("*.cu"))]
+    sources = [HERE / "emulator.cpp", HERE / "probes.cu", *sorted(recipes.SOURCES.rglob("*.cu"))]
     objects = {recipes.object_name(source, headers): source for source in sources}
     rules = [
         f"rule compile\n  command = {tools.compiler} {flags} -I{HERE} -I{recipes.SOURCES} -isystem {torch_at}/include"

@@ -1,6 +1,6 @@
 // Small kernels that show what the emulator sees; see tests/ops/test_cuda_emulator.py.
-#include "launch.cuh"
-#include "mma.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 
 namespace foveal::cuda {
 namespace {
