@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveal.ops.tracing import shape_of
+
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int], axes: str) -> None:
     """Raise unless ``x`` has the expected shape; ``axes`` spells it out for the reader."""
-    if x.shape != expected and tuple(x.shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {axes} = {tuple(expected)}, got {tuple(x.shape)}")
+    shape = shape_of(x)
+    if shape != expected and tuple(shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {axes} = {tuple(expected)}, got {tuple(shape)}")
 
 
 def check_dim(name: str, x: Tensor, axes: str) -> None:

@@ -21,7 +21,7 @@ def declare(name: str, schema: str, *, default: Callable, fake: Callable, flops:
 
 
 def declare_gradient(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Give ``foveal::name`` its first derivative. There is no second one: asking for it raises in autograd."""
+    """Give ``foveal::name`` its derivatives: ``backward`` runs a backward op, or :func:`gradients_to_differentiate`."""
     torch.library.register_autograd(f"foveal::{name}", backward, setup_context=setup_context)
 
 
@@ -49,6 +49,21 @@ def gradients(function: Callable, inputs: Sequence[Tensor | None], wanted: int, 
         for i, value in zip(chosen, values, strict=True):
             result[i] = value.contiguous()
     return tuple(result)
+
+
+def gradients_to_differentiate(
+    function: Callable, inputs: Sequence[Tensor | None], wanted: int, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a definition, with a graph of their own. None where they are not wanted.
+
+    Autograd's grad mode is on in a backward pass where its result is to be differentiated in turn (create_graph).
+    """
+    chosen = [i for i, x in enumerate(inputs) if x is not None and wanted >> i & 1]
+    leaves = {i: x.view_as(x) for i, x in enumerate(inputs) if x is not None and i in chosen}  # one may come twice
+    out = function(*(leaves.get(i, x) for i, x in enumerate(inputs)))
+    values = torch.autograd.grad(out, list(leaves.values()), grad, create_graph=True, materialize_grads=True)
+    found = dict(zip(chosen, values, strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))
 
 
 def fake_gradients(inputs: Sequence[Tensor | None], wanted: int, grad: Tensor) -> tuple[Tensor, ...]:

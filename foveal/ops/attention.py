@@ -5,9 +5,18 @@ from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_same_device, check_same_dtype, check_shape, check_window_size
-from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops._declaration import (
+    declare,
+    declare_gradient,
+    fake_gradients,
+    gradients,
+    gradients_to_differentiate,
+    only_wanted,
+    wanted_mask,
+)
 from foveal.ops.backend import infers_compiled, runs_compiled, unserved_dtype
 from foveal.ops.position_bias import PositionBias
+from foveal.ops.tracing import shape_of
 
 _MAX_DIM = 128
 _MAP, _POOL = "(B, H, W, heads, d)", "(B, Hp, Wp, heads, d)"
@@ -37,7 +46,7 @@ def aggregated_attention(
     Equivalent, with the window cut at the border, to::
 
         if normalize:
-            q, k, k_pool = (F.normalize(x, dim=-1) for x in (q, k, k_pool))
+            q, k, k_pool = (F.normalize(x, dim=-1) for x in (q, k, k_pool))  # one shorter than 1e-12 becomes 0
         u = (q + query_embedding) * scale[:, None]
         if length_scaled:
             u = u * log(window cells inside the map + Hp * Wp)
@@ -69,12 +78,12 @@ def aggregated_attention(
     check_window_size(window_size)
     check_dim("q", q, _MAP)
     check_dim("k_pool", k_pool, _POOL)
-    batch, height, width, heads, dim = q.shape
-    key_grid = tuple(k_pool.shape[1:3])
-    check_shape("k", k, q.shape, _MAP)
-    check_shape("v", v, q.shape, _MAP)
+    batch, height, width, heads, dim = shape_of(q)
+    _, *key_grid, _, _ = shape_of(k_pool)
+    check_shape("k", k, shape_of(q), _MAP)
+    check_shape("v", v, shape_of(q), _MAP)
     check_shape("k_pool", k_pool, (batch, *key_grid, heads, dim), _POOL)
-    check_shape("v_pool", v_pool, k_pool.shape, _POOL)
+    check_shape("v_pool", v_pool, shape_of(k_pool), _POOL)
     check_same_dtype(q=q, k=k, v=v, k_pool=k_pool, v_pool=v_pool)
     check_shape("scale", scale, (heads,), "(heads,)")
     cells = window_size**2
@@ -93,7 +102,7 @@ def aggregated_attention(
         table, rows, columns = pool_bias
         index = {"pool_bias.table": table, "pool_bias.row_index": rows, "pool_bias.column_index": columns}
         check_dim("pool_bias.table", table, "(heads, Th, Tw)")
-        check_shape("pool_bias.table", table, (heads, *table.shape[1:]), "(heads, Th, Tw)")
+        check_shape("pool_bias.table", table, (heads, *shape_of(table)[1:]), "(heads, Th, Tw)")
         check_shape("pool_bias.row_index", rows, (height, key_grid[0]), "(H, Hp)")
         check_shape("pool_bias.column_index", columns, (width, key_grid[1]), "(W, Wp)")
     if not 0.0 <= dropout_p < 1.0:
@@ -132,12 +141,12 @@ def _biased(input_bias: Tensor, *maps: Tensor) -> list[Tensor]:
 
 def _unsupported(q: Tensor, k_pool: Tensor, dropout_p: float) -> list[str]:
     reasons = []
-    if k_pool.shape[1] * k_pool.shape[2] == 0:
+    if 0 in shape_of(k_pool)[1:3]:
         reasons.append("a pooled map without cells is not served")
     if dropout_p > 0:
         reasons.append("attention dropout is not served")
-    if q.shape[-1] > _MAX_DIM:
-        reasons.append(f"a head dimension of {q.shape[-1]} is not served (at most {_MAX_DIM})")
+    if (dim := shape_of(q)[-1]) > _MAX_DIM:
+        reasons.append(f"a head dimension of {dim} is not served (at most {_MAX_DIM})")
     return reasons
 
 
@@ -188,6 +197,12 @@ def _autograd(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * (_COUNT + len(ctx.options))
     wanted = wanted_mask(ctx.needs_input_grad[:_COUNT]) & ~_INDEX_MASK
+    if torch.is_grad_enabled():
+        inputs = ctx.saved_tensors[2:]
+        grads = gradients_to_differentiate(
+            lambda *x: reference.aggregated_attention(*x, *ctx.options), inputs, wanted, grad
+        )
+        return *grads, *(None for _ in ctx.options)
     grads = torch.ops.foveal.aggregated_attention_backward(grad, *ctx.saved_tensors, *ctx.options, wanted)
     return *only_wanted(grads, wanted), *(None for _ in ctx.options)
 

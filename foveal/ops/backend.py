@@ -104,9 +104,11 @@ def circumstances(x: Tensor) -> list[str]:
     """Reasons that lie in how an op is called."""
     reasons = []
     if is_exporting():
-        reasons.append("the graph is being exported, and is to run without foveal")
+        reasons.append("the graph is being exported or traced, and is to run without foveal")
     if torch._C._are_functorch_transforms_active():
         reasons.append("a torch.func transform is active")
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        reasons.append("derivatives are being computed forwards")
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter and not torch.compiler.is_compiling():
         reasons.append(f"the input is a {type(x).__name__}, not a plain tensor")
     return reasons

@@ -1,12 +1,23 @@
 """The heart of ConvGLU: a depthwise convolution, an activation and a product, in one pass."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_choice, check_dim, check_floating, check_same_device, check_shape
-from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops._declaration import (
+    declare,
+    declare_gradient,
+    fake_gradients,
+    gradients,
+    gradients_to_differentiate,
+    only_wanted,
+    wanted_mask,
+)
 from foveal.ops.backend import infers_compiled, runs_compiled, unserved_dtype
+from foveal.ops.tracing import shape_of
 
 
 def depthwise_gate(
@@ -34,12 +45,12 @@ def depthwise_gate(
     check_dim("x", x, "(B, H, W, 2C)")
     check_floating("x", x)
     check_dim("weight", weight, "(C, 1, k, k)")
-    channels, _, size, _ = weight.shape
+    channels, _, size, _ = shape_of(weight)
     if size % 2 == 0:
         raise ValueError(f"weight must have an odd kernel size, got {size}")
     check_shape("weight", weight, (channels, 1, size, size), "(C, 1, k, k)")
-    if x.shape[-1] != 2 * channels:
-        raise ValueError(f"x must have 2C = {2 * channels} channels for a weight of C = {channels}, got {x.shape[-1]}")
+    if (given := shape_of(x)[-1]) != 2 * channels:
+        raise ValueError(f"x must have 2C = {2 * channels} channels for a weight of C = {channels}, got {given}")
     if bias is not None:
         check_shape("bias", bias, (channels,), "(C,)")
     check_choice("act", act, tuple(reference.ACTIVATIONS))
@@ -75,6 +86,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad):
     wanted = wanted_mask(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled():
+        definition = partial(reference.depthwise_gate, act=ctx.act)
+        return *gradients_to_differentiate(definition, ctx.saved_tensors, wanted, grad), None
     grads = torch.ops.foveal.depthwise_gate_backward(grad, *ctx.saved_tensors, ctx.act, wanted)
     return *only_wanted(grads, wanted), None
 

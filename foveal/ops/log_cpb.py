@@ -1,12 +1,23 @@
 """The table of a log-spaced continuous position bias, at any size in bounded memory."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_shape
-from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops._declaration import (
+    declare,
+    declare_gradient,
+    fake_gradients,
+    gradients,
+    gradients_to_differentiate,
+    only_wanted,
+    wanted_mask,
+)
 from foveal.ops.backend import circumstances, current_backend, runs_compiled
+from foveal.ops.tracing import shape_of
 
 _HIDDEN_ELEMENTS = 1 << 22  # of the hidden layer at a time: 16 MB in float32
 
@@ -32,7 +43,7 @@ def log_cpb_table(
     check_dim("rows", rows, "(Th,)")
     check_dim("columns", columns, "(Tw,)")
     check_dim("weight2", weight2, "(heads, hidden)")
-    heads, hidden = weight2.shape
+    heads, hidden = shape_of(weight2)
     check_shape("weight1", weight1, (hidden, 2), "(hidden, 2)")
     check_shape("bias1", bias1, (hidden,), "(hidden,)")
     check_shape("bias2", bias2, (heads,), "(heads,)")
@@ -82,6 +93,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad):
     wanted = wanted_mask(ctx.needs_input_grad[2:])
+    if torch.is_grad_enabled():
+        rows, columns, *parameters = ctx.saved_tensors
+        definition = partial(reference.log_cpb_table, rows, columns)
+        return None, None, *gradients_to_differentiate(definition, parameters, wanted, grad)
     grads = torch.ops.foveal.log_cpb_table_backward(grad, *ctx.saved_tensors, wanted)
     return None, None, *only_wanted(grads, wanted)
 

@@ -1,14 +1,16 @@
 """Activation and adaptive average pooling in one pass."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_choice, check_dim, check_floating, check_grid, check_same_device, check_shape
-from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients
+from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, gradients_to_differentiate
 from foveal.ops.backend import infers_compiled, runs_compiled, unserved_dtype
+from foveal.ops.tracing import shape_of
 
 _MAX_SIDE_ON_GPUS = 65535  # whose product with another still fits 32 bits
 
@@ -34,7 +36,7 @@ def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu", *, inpu
     check_grid("grid", grid)
     check_choice("act", act, tuple(reference.ACTIVATIONS))
     if input_bias is not None:
-        check_shape("input_bias", input_bias, x.shape[-1:], "(C,)")
+        check_shape("input_bias", input_bias, shape_of(x)[-1:], "(C,)")
         check_same_device(x, input_bias=input_bias)
         if infers_compiled("activate_and_pool", x, input_bias):
             return torch.ops.foveal.activate_and_pool_with_input_bias(x, input_bias, tuple(grid), act)
@@ -46,7 +48,7 @@ def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu", *, inpu
 
 def _unsupported(x: Tensor, grid: Sequence[int]) -> list[str]:
     reasons = unserved_dtype(x)
-    if x.device.type == "cuda" and max(*x.shape[1:3], *grid) > _MAX_SIDE_ON_GPUS:
+    if x.device.type == "cuda" and max(*shape_of(x)[1:3], *grid) > _MAX_SIDE_ON_GPUS:
         reasons.append(f"a side of more than {_MAX_SIDE_ON_GPUS} cells is not served on cuda")
     return reasons
 
@@ -61,6 +63,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad):
+    if torch.is_grad_enabled():
+        definition = partial(reference.activate_and_pool, grid=ctx.grid, act=ctx.act)
+        return *gradients_to_differentiate(definition, ctx.saved_tensors, 1, grad), None, None
     return torch.ops.foveal.activate_and_pool_backward(grad, *ctx.saved_tensors, ctx.act), None, None
 
 

@@ -5,7 +5,7 @@ float32 and returned in their own type; float64 stays float64.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce, wraps
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.ops.position_bias import Grid, PositionBias
-from foveal.ops.tracing import is_exporting
+from foveal.ops.tracing import is_exporting, shape_of
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -22,11 +22,20 @@ ACTIVATIONS = {
     "silu": F.silu,
     "identity": lambda x: x,
 }
+_SHORTEST = 1e-12  # of the vectors that have a direction
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half types become float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last axis, in at least float32; a vector shorter than 1e-12 is zero and has no gradient."""
+    x = at_least_float32(x)
+    short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) < _SHORTEST
+    x = x.masked_fill(short, 1.0)  # of which all derivatives are finite
+    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).masked_fill(short, 0.0)
 
 
 @torch.compiler.assume_constant_result
@@ -50,7 +59,7 @@ def _without_autocast(function: Callable) -> Callable:
 
 def shifted(x: Tensor, window_size: int) -> list[Tensor]:
     """``(B, H, W, *)`` as each cell of the window sees it: k * k maps of that shape, row-major, zeros from outside."""
-    height, width = x.shape[1:3]
+    height, width = shape_of(x)[1:3]
     radius = window_size // 2
     padded = F.pad(x, (0, 0) * (x.dim() - 3) + (radius,) * 4)
     offsets = [(i, j) for i in range(window_size) for j in range(window_size)]
@@ -62,13 +71,13 @@ def windows(x: Tensor, window_size: int) -> Tensor:
     return torch.stack(shifted(x, window_size), dim=-1)
 
 
-def inside_map(grid: Grid, window_size: int, device: torch.device) -> Tensor:
+def inside_map(grid: Sequence[int], window_size: int, device: torch.device) -> Tensor:
     """Which cells of every window lie inside the map: bool, ``(H, W, k * k)``."""
     radius = window_size // 2
     offset = torch.arange(-radius, radius + 1, device=device)
     rows, columns = ((torch.arange(side, device=device)[:, None] + offset) for side in grid)
-    rows, columns = (rows >= 0) & (rows < grid[0]), (columns >= 0) & (columns < grid[1])
-    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2)
+    rows, columns = (((x >= 0).logical_and(x < side)) for x, side in zip((rows, columns), grid, strict=True))
+    return rows[:, None, :, None].logical_and(columns[None, :, None, :]).flatten(2)
 
 
 @_without_autocast
@@ -79,8 +88,8 @@ def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
         scores = torch.stack([(query * near).sum(-1) for near in shifted(key, window_size)], dim=-1)
     else:
         scores = (query.unsqueeze(-2) @ windows(key, window_size)).squeeze(-2)
-    inside = inside_map((q.shape[1], q.shape[2]), window_size, q.device)
-    return scores.masked_fill(~inside[:, :, None], float("-inf")).to(q.dtype)
+    inside = inside_map(shape_of(q)[1:3], window_size, q.device)
+    return scores.masked_fill(inside[:, :, None].logical_not(), float("-inf")).to(q.dtype)
 
 
 @_without_autocast
@@ -112,7 +121,9 @@ def aggregated_attention_with_lse(
     near, far, positional, lse = aggregated_attention_weights(q, k, k_pool, *parameters_and_options)
     v, v_pool = at_least_float32(v), at_least_float32(v_pool)
     near = near if positional is None else near + positional
-    out = window_sum(near, v, math.isqrt(near.shape[-1])) + torch.einsum("bhwnp,bpnd->bhwnd", far, v_pool.flatten(1, 2))
+    out = window_sum(near, v, math.isqrt(shape_of(near)[-1])) + torch.einsum(
+        "bhwnp,bpnd->bhwnd", far, v_pool.flatten(1, 2)
+    )
     return out.to(q.dtype), lse
 
 
@@ -141,14 +152,13 @@ def aggregated_attention_weights(
         ``(B, H, W, heads, Hp * Wp)``; what positional attention adds to the window's, None without it; the log-sum-exp
         of the logits ``(B, H, W, heads)``.
     """
-    q, k, k_pool, scale = map(at_least_float32, (q, k, k_pool, scale))
-    grid = q.shape[1], q.shape[2]
-    if normalize:
-        q, k, k_pool = (F.normalize(x, dim=-1, eps=1e-12) for x in (q, k, k_pool))
+    q, k, k_pool = map(unit if normalize else at_least_float32, (q, k, k_pool))
+    scale = at_least_float32(scale)
+    (_, *grid, _, _), (_, *key_grid, _, _) = shape_of(q), shape_of(k_pool)
 
     query = (q if query_embedding is None else q + query_embedding) * scale[:, None]
     if length_scaled:
-        length = inside_map(grid, window_size, q.device).sum(-1) + k_pool.shape[1] * k_pool.shape[2]
+        length = inside_map(grid, window_size, q.device).sum(-1) + key_grid[0] * key_grid[1]
         query = query * length.to(query.dtype).log()[:, :, None, None]
 
     near = window_scores(query, k, window_size)
@@ -161,7 +171,7 @@ def aggregated_attention_weights(
 
     logits = torch.cat([near, far], dim=-1)
     weights = F.dropout(logits.softmax(dim=-1), dropout_p) if dropout_p else logits.softmax(dim=-1)
-    near, far = weights.split([near.shape[-1], far.shape[-1]], dim=-1)
+    near, far = weights.split([window_size**2, key_grid[0] * key_grid[1]], dim=-1)
     positional = None
     if positional_tokens is not None:
         positional = torch.einsum("bhwnd,ndc->bhwnc", q, positional_tokens.to(q.dtype))
@@ -172,7 +182,7 @@ def aggregated_attention_weights(
 
 def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A k x k depthwise convolution with zero padding over ``(B, H, W, C)``; weight ``(C, 1, k, k)``, bias ``(C,)``."""
-    channels, _, size, _ = weight.shape
+    channels, _, size, _ = shape_of(weight)
     bias = None if bias is None else bias.to(x.dtype)
     x = x.permute(0, 3, 1, 2)
     return F.conv2d(x, weight.to(x.dtype), bias, padding=size // 2, groups=channels).permute(0, 2, 3, 1)
@@ -210,7 +220,7 @@ def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     """Activation, then adaptive average pooling: ``(B, H, W, C) -> (B, Hp, Wp, C)`` (equation 5, without its norm)."""
     activated = ACTIVATIONS[act](at_least_float32(x))
     if is_exporting():  # other runtimes pool a map of unknown size no other way
-        rows, columns = (averages(x.shape[1 + i], grid[i], activated) for i in (0, 1))
+        rows, columns = (averages(shape_of(x)[1 + i], grid[i], activated) for i in (0, 1))
         return torch.einsum("ah,bhwc,ew->baec", rows, activated, columns).to(x.dtype)
     pooled = F.adaptive_avg_pool2d(activated.permute(0, 3, 1, 2), (grid[0], grid[1]))
     return pooled.permute(0, 2, 3, 1).to(x.dtype)
@@ -226,7 +236,7 @@ def averages(cells: int, bins: int, like: Tensor) -> Tensor:
     """Adaptive average pooling along one axis as a matrix ``(bins, cells)``, in the dtype and on the device of like."""
     first, last = pooling_bins(cells, bins, like.device)
     cell = torch.arange(cells, device=like.device)
-    inside = (cell >= first[:, None]) & (cell <= last[:, None])
+    inside = (cell >= first[:, None]).logical_and(cell <= last[:, None])
     return inside.to(like.dtype) / (last - first + 1)[:, None]
 
 

@@ -5,8 +5,17 @@ from torch import Tensor
 
 from foveal.ops import reference
 from foveal.ops._checks import check_dim, check_same_device, check_same_dtype, check_shape, check_window_size
-from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, only_wanted, wanted_mask
+from foveal.ops._declaration import (
+    declare,
+    declare_gradient,
+    fake_gradients,
+    gradients,
+    gradients_to_differentiate,
+    only_wanted,
+    wanted_mask,
+)
 from foveal.ops.backend import runs_compiled, unserved_dtype
+from foveal.ops.tracing import shape_of
 
 _MAP = "(B, H, W, heads, d)"
 
@@ -27,7 +36,7 @@ def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
     """
     check_window_size(window_size)
     check_dim("q", q, _MAP)
-    check_shape("k", k, q.shape, _MAP)
+    check_shape("k", k, shape_of(q), _MAP)
     check_same_dtype(q=q, k=k)
     check_same_device(q, k=k)
     if runs_compiled("window_scores", k, unserved_dtype(k)):
@@ -50,7 +59,7 @@ def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
     """
     check_window_size(window_size)
     check_dim("v", v, _MAP)
-    check_shape("weights", weights, (*v.shape[:-1], window_size**2), "(B, H, W, heads, k * k)")
+    check_shape("weights", weights, (*shape_of(v)[:-1], window_size**2), "(B, H, W, heads, k * k)")
     check_same_dtype(v=v, weights=weights)
     check_same_device(v, weights=weights)
     if runs_compiled("window_sum", v, unserved_dtype(v)):
@@ -76,6 +85,11 @@ def _declare(name: str, tensors: str, definition, fake) -> None:
 
     def autograd(ctx, grad):
         wanted = wanted_mask(ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled():
+            grads = gradients_to_differentiate(
+                lambda *inputs: definition(*inputs, ctx.window_size), ctx.saved_tensors, wanted, grad
+            )
+            return *grads, None
         backward_op = getattr(torch.ops.foveal, f"{name}_backward")
         return *only_wanted(backward_op(grad, *ctx.saved_tensors, ctx.window_size, wanted), wanted), None
 

@@ -79,15 +79,11 @@ struct AttentionBackward {
   A* v_pool_parts;
 };
 
-// Vectors are scaled to unit length by 1 / max(|x|, 1e-12); a vector shorter than that is not projected in backward.
+// Vectors are scaled to unit length by 1 / |x|. One shorter than 1e-12 becomes zero and, by the same factor, passes no
+// gradient.
 template <class A, class T>
 FOVEAL_HOST_DEVICE T normalizing_factor(T norm) {  // T: A or a vector of it
-  return A(1) / (norm < A(1e-12) ? T{} + A(1e-12) : norm);
-}
-
-template <class A, class T>
-FOVEAL_HOST_DEVICE auto has_unit_length(T factor) {
-  return factor < A(1) / A(1e-12);
+  return norm < A(1e-12) ? T{} : A(1) / norm;
 }
 
 }  // namespace foveal

@@ -110,7 +110,6 @@ class Backward {
   void unnormalize(A* grad, const A* unit, int64_t stride, Vector<A> factor) const {
     Vector<A> along{};
     for (int64_t c = 0; c < dim(); ++c) along += load(grad + c * lanes<A>) * load(unit + c * stride);
-    along = has_unit_length<A>(factor) ? along : Vector<A>{};
     for (int64_t c = 0; c < dim(); ++c) {
       A* to = grad + c * lanes<A>;
       store(to, (load(to) - load(unit + c * stride) * along) * factor);
@@ -348,9 +347,7 @@ void pooled_gradients(const AttentionBackward<A>& args, int64_t image, int64_t h
         A squares = 0, along = 0;
         for (int64_t c = 0; c < p.d; ++c) squares += key[c] * key[c];
         const A factor = normalizing_factor<A>(square_root(broadcast(squares)))[0];
-        if (has_unit_length<A>(factor)) {
-          for (int64_t c = 0; c < p.d; ++c) along += key[c] * factor * grad[c];
-        }
+        for (int64_t c = 0; c < p.d; ++c) along += key[c] * factor * grad[c];
         for (int64_t c = 0; c < p.d; ++c) grad[c] = (grad[c] - key[c] * factor * along) * factor;
       }
       write_pixel(grad, p.bfloat16_maps, p.d, args.k_pool.at(image, i, j, head));

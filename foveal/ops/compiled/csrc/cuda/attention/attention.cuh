@@ -123,7 +123,7 @@ template <class T>
 __device__ __forceinline__ float unit_factor(bool normalize, float squares) {
   if (!normalize) return 1.0f;
   if constexpr (is_float<T>) return normalizing_factor<float>(sqrtf(squares));
-  return squares < 1e-24f ? 1e12f : rsqrtf(squares);
+  return squares < 1e-24f ? 0.0f : rsqrtf(squares);
 }
 
 // What the product is summed in. Its error is one for all queries, so it does not vanish among theirs.

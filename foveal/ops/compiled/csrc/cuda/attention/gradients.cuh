@@ -71,7 +71,6 @@ __device__ __forceinline__ void unnormalize(float (&grad)[D / 8][4], const LeftR
     along += x.x * grad[m][2 * r] + x.y * grad[m][2 * r + 1];
   }
   along = quad_sum(along) * unit;
-  if (!has_unit_length<float>(unit)) along = 0;
 #pragma unroll
   for (int m = 0; m < D / 8; ++m) {
     const float2 x = rows.pair(r, m);
@@ -83,7 +82,6 @@ __device__ __forceinline__ void unnormalize(float (&grad)[D / 8][4], const LeftR
 template <int D>
 __device__ __forceinline__ void unnormalize(Share<D>& grad, const Share<D>& x, float unit) {
   float along = dot<D>(x, grad) * unit;
-  if (!has_unit_length<float>(unit)) along = 0;
 #pragma unroll
   for (int i = 0; i < D / 4; ++i) grad[i] = (grad[i] - x[i] * unit * along) * unit;
 }

@@ -142,7 +142,7 @@ pooled_gradients_sum(const __grid_constant__ Attention p, const __grid_constant_
         along += key[m] * grad[m];
       }
       const float unit = unit_factor<T>(p.normalize, group_sum(quad_sum(squares)));
-      along = p.normalize && has_unit_length<float>(unit) ? group_sum(quad_sum(along)) * unit : 0.0f;
+      along = p.normalize ? group_sum(quad_sum(along)) * unit : 0.0f;
 #pragma unroll
       for (int m = 0; m < most; ++m) {
         const int c = lane() + 32 * m;
