@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.analysis._evaluating import evaluating
-from foveal.blocks.attention_weights import AttentionWeights
+from foveal.blocks._attention_weights import AttentionWeights
 
 
 def attention_blocks(model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveal.analysis.attention_maps import attention_map, check_query
-from foveal.blocks.attention_weights import AttentionWeights
+from foveal.blocks._attention_weights import AttentionWeights
 
 Query = tuple[int, int]
 

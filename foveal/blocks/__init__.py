@@ -1,7 +1,5 @@
 """Building blocks over channels-last maps, ``(B, H, W, C) -> (B, H', W', C')``, at any H, W >= 1."""
 
-from timm.layers import register_notrace_module
-
 from foveal.blocks.activate_and_pool import ActivateAndPool
 from foveal.blocks.aggregated_attention import AggregatedAttention
 from foveal.blocks.conv_ffn import ConvFFN
@@ -28,7 +26,3 @@ __all__ = [
     "PixelFocusedAttention",
     "SpatialReductionAttention",
 ]
-
-# Blocks choose by the shapes of their inputs, which torch.fx cannot follow: it keeps them whole.
-for _name in __all__:
-    register_notrace_module(globals()[_name])

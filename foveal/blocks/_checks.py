@@ -6,16 +6,24 @@ from typing import overload
 from torch import Tensor
 
 from foveal.ops._checks import check_grid
+from foveal.ops.tracing import shape_of
 
 Grid = tuple[int, int]
 
 
 def check_map(x: Tensor, dim: int) -> None:
     """Raise unless ``x`` is a channels-last map ``(B, H, W, dim)`` with at least one cell."""
-    if x.dim() != 4 or x.shape[-1] != dim:
-        raise ValueError(f"x must have shape (B, H, W, C) with C = {dim}, channels last, got {tuple(x.shape)}")
-    if x.shape[1] < 1 or x.shape[2] < 1:
-        raise ValueError(f"x must have at least one row and one column, got {tuple(x.shape)}")
+    shape = shape_of(x)
+    if len(shape) != 4 or shape[-1] != dim:
+        raise ValueError(f"x must have shape (B, H, W, C) with C = {dim}, channels last, got {tuple(shape)}")
+    if shape[1] < 1 or shape[2] < 1:
+        raise ValueError(f"x must have at least one row and one column, got {tuple(shape)}")
+
+
+def grid_of(x: Tensor) -> Grid:
+    """The rows and columns of a map ``(B, H, W, C)``."""
+    _, height, width, _ = shape_of(x)
+    return height, width
 
 
 def check_heads(dim: int, num_heads: int) -> None:

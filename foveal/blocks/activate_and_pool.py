@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal.blocks._activation import activation_name
 from foveal.blocks._checks import check_map
 from foveal.blocks._initialization import init_convolution
-from foveal.blocks.inference import infers_on_cpu, is_plain_linear, normalize
+from foveal.blocks._module import MapModule
+from foveal.blocks._plain import activation_name
 from foveal.ops import activate_and_pool
 
 
-class ActivateAndPool(nn.Module):
+class ActivateAndPool(MapModule):
     """Project, activate, average over a coarser grid, normalise (equation 5).
 
     ``norm(adaptive_avg_pool(act(proj(x)), grid))``, from ``(B, H, W, C)`` to ``(B, Hp, Wp, C)``.
@@ -46,11 +45,7 @@ class ActivateAndPool(nn.Module):
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Pool ``x`` of shape ``(B, H, W, C)`` to ``grid`` = (Hp, Wp) cells."""
         check_map(x, self.dim)
-        name = activation_name(self.act)
-        if name is None:
-            pooled = activate_and_pool(self.act(self.proj(x)), grid, "identity")
-        elif infers_on_cpu(x, self.training) and is_plain_linear(self.proj):
-            pooled = activate_and_pool(F.linear(x, self.proj.weight), grid, name, input_bias=self.proj.bias)
-        else:
-            pooled = activate_and_pool(self.proj(x), grid, name)
-        return normalize(pooled, self.norm)
+        x = self.proj(x)
+        if act := activation_name(self.act, x):
+            return self.norm(activate_and_pool(x, grid, act))
+        return self.norm(activate_and_pool(self.act(x), grid, "identity"))

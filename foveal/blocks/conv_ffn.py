@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from foveal.blocks._checks import check_map, check_positive
 from foveal.blocks._initialization import init_linear
+from foveal.blocks._module import MapModule
 from foveal.blocks.depthwise_conv import DepthwiseConv
 
 
-class ConvFFN(nn.Module):
+class ConvFFN(MapModule):
     """``fc2(act(dwconv(fc1(x))))``, ``(B, H, W, C)`` to ``(B, H, W, out_dim)`` (PVTv2, arXiv 2106.13797).
 
     Args:

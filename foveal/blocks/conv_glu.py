@@ -1,12 +1,11 @@
 """ConvGLU: a gated linear unit whose gate sees its neighbours, channel attention at the price of an MLP."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks._activation import activation_name
-from foveal.blocks.glu import DepthwiseGLU
-from foveal.blocks.inference import infers_on_cpu, is_plain_linear
-from foveal.ops import depthwise_gate
+from foveal.blocks._checks import check_map
+from foveal.blocks._plain import activation_name, are_plain, is_idle, weights_of
+from foveal.blocks.glu import DepthwiseGLU, halves
+from foveal.ops import conv_glu, depthwise_gate
 
 
 class ConvGLU(DepthwiseGLU):
@@ -27,16 +26,21 @@ class ConvGLU(DepthwiseGLU):
         torch.Size([2, 14, 14, 96])
     """
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        name = activation_name(self.act)
-        if name is None or not infers_on_cpu(x, self.training) or not is_plain_linear(self.fc1):
-            return super()._hidden(x)
-        x = F.linear(x, self.fc1.weight)
-        return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, name, input_bias=self.fc1.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.dim)
+        if act := self.fused_act(x):
+            return conv_glu(x, *weights_of(self.fc1, self.dwconv, self.fc2), act=act)
+        return self.drop(self.fc2(self.drop(self.gated(self.fc1(x)))))
 
-    def mix(self, x: Tensor) -> Tensor:
-        name = activation_name(self.act)
-        if name is not None:
-            return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, name)
-        gate, value = x.chunk(2, dim=-1)
+    def gated(self, x: Tensor) -> Tensor:
+        """``act(dwconv(gate)) * value`` of ``x = [gate | value]``, in one pass where its layers are plain."""
+        act = activation_name(self.act, x)
+        if act and are_plain(x, self.dwconv):
+            return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, act)
+        gate, value = halves(x)
         return self.act(self.dwconv(gate)) * value
+
+    def fused_act(self, x: Tensor) -> str | None:
+        """The activation's name, where one op may stand for all layers; None where they are to be called."""
+        plain = is_idle(self.drop, x) and are_plain(x, self.fc1, self.dwconv, self.fc2)
+        return activation_name(self.act, x) if plain else None

@@ -3,22 +3,21 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from foveal.blocks._checks import Grid, check_heads, check_map, check_probability, to_grid
+from foveal.blocks._attention_weights import AttentionWeights
+from foveal.blocks._checks import Grid, check_heads, check_map, check_probability, grid_of, to_grid
 from foveal.blocks._initialization import init_linear
-from foveal.blocks.attention_weights import AttentionWeights
-from foveal.blocks.cosine_scale import init_temperature, temperature_scale
+from foveal.blocks._module import MapModule
+from foveal.blocks._temperature import init_temperature, temperature_scale
 from foveal.blocks.log_cpb import LogCPB
-from foveal.blocks.projected_attention import ProjectedAttention
 from foveal.ops._checks import check_choice
-from foveal.ops.reference import at_least_float32
-from foveal.ops.tracing import is_exporting
+from foveal.ops.dense_attention import dense_attention
+from foveal.ops.reference import at_least_float32, unit
 
 
-class LengthScaledCosineAttention(ProjectedAttention):
+class LengthScaledCosineAttention(MapModule):
     """Softmax of ``(q^ + QE) softplus(tau) log(N) . k^ + B`` over all N = H * W cells (equation 9).
 
     Maps ``(B, H, W, C)`` to the same shape, at any H, W >= 1.
@@ -89,54 +88,49 @@ class LengthScaledCosineAttention(ProjectedAttention):
     def no_weight_decay(self) -> set[str]:
         return {"temperature"} | ({"query_embedding"} if self.query_embedding is not None else set())
 
-    def _attended(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        grid = x.shape[1], x.shape[2]
-        q, k, v = self._heads(x)
-        out = F.scaled_dot_product_attention(
-            self._scaled_query(q, grid),
-            _unit(k).to(v.dtype),
+        grid = grid_of(x)
+        q, k, v = self._heads(self.qkv(x))
+        x = dense_attention(
+            self._scaled(q, grid).to(v.dtype),
+            unit(k).to(v.dtype),
             v,
-            attn_mask=self._bias(grid, v.dtype),
-            dropout_p=self.attn_drop if self.training else 0.0,
+            self._bias(x, v.dtype),
             scale=1.0,
+            dropout_p=self.attn_drop if self.training else 0.0,
         )
-        if is_exporting():  # strides differ from kernel to kernel, an exported view must hold for all
-            out = out.clone(memory_format=torch.contiguous_format)
-        return rearrange(out, "b n (h w) d -> b h w (n d)", h=grid[0])
+        return self.proj_drop(self.proj(rearrange(x, "b n (h w) d -> b h w (n d)", h=grid[0])))
 
     def attention_weights(self, x: Tensor) -> AttentionWeights:
         """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
         check_map(x, self.dim)
-        grid = x.shape[1], x.shape[2]
-        q, k, _ = self._heads(x)
-        logits = at_least_float32(self._scaled_query(q, grid)) @ _unit(k).mT
-        bias = self._bias(grid, logits.dtype)
+        grid = grid_of(x)
+        q, k, _ = self._heads(self.qkv(x))
+        logits = at_least_float32(self._scaled(q, grid).to(q.dtype)) @ unit(k).mT
+        bias = self._bias(x, logits.dtype)
         weights = (logits if bias is None else logits + bias).softmax(dim=-1)
         pool = rearrange(weights, "b n (h w) (a c) -> b h w n a c", h=grid[0], a=grid[0])
         return AttentionWeights(None, pool, None)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each ``(B, heads, H * W, d)``."""
-        return rearrange(self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.num_heads).unbind(0)
+        return rearrange(x, "b h w (three n d) -> three b n (h w) d", three=3, n=self.num_heads).unbind(0)
 
-    def _scaled_query(self, q: Tensor, grid: Grid) -> Tensor:
+    def _scaled(self, q: Tensor, grid: Grid) -> Tensor:
+        """``(q^ + QE) softplus(tau) log(N)``, in at least float32."""
         scale = temperature_scale(self.temperature)[:, None, None]
         if self.length_scaled:
             scale = scale * scale.new_full((), grid[0] * grid[1]).log()
-        query = _unit(q)
+        query = unit(q)
         if self.query_embedding is not None:
             query = query + self.query_embedding[:, None]
-        return (query * scale).to(q.dtype)
+        return query * scale
 
-    def _bias(self, grid: Grid, dtype: torch.dtype) -> Tensor | None:
+    def _bias(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.log_cpb is None:
             return None
-        declared = grid if self.bias_resampling == "extrapolate" else self.bias_grid
-        bias = self.log_cpb(declared, declared, self.pretrain_grid or declared)
+        grid = grid_of(x)
+        declared = grid if self.bias_resampling == "extrapolate" else self.bias_grid or grid
+        bias = self.log_cpb(declared, declared, self.pretrain_grid or declared, like=x)
         return bias.interpolate(grid, grid).dense().to(dtype)[None]
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors of unit length, in at least float32."""
-    return F.normalize(at_least_float32(x), dim=-1, eps=1e-12)

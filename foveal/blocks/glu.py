@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks._checks import check_map, check_positive
 from foveal.blocks._initialization import init_linear
+from foveal.blocks._module import MapModule
 from foveal.blocks.depthwise_conv import DepthwiseConv
-from foveal.blocks.inference import in_slices, is_idle, is_plain_linear
 
 
-class GLU(nn.Module):
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and value of ``x = [gate | value]``: slices, which unlike chunks an activation may overwrite."""
+    hidden = x.shape[-1] // 2
+    return x[..., :hidden], x[..., hidden:]
+
+
+class GLU(MapModule):
     """``fc2(value * act(gate))`` where ``gate, value = fc1(x)``: ``(B, H, W, C)`` to ``(B, H, W, out_dim)``.
 
     Args:
@@ -51,30 +56,17 @@ class GLU(nn.Module):
         init_linear(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._in_slices(lambda part: self.drop(self.fc2(self.drop(self._hidden(part)))), x)
-
-    def without_last_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``forward(x)`` in two parts, see :func:`foveal.blocks.inference.without_last_bias`."""
-        if not is_plain_linear(self.fc2) or not is_idle(self.drop):
-            return self(x), None
-        return self._in_slices(lambda part: F.linear(self._hidden(part), self.fc2.weight), x), self.fc2.bias
-
-    def _in_slices(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        return in_slices(self, function, x, 2 * self.hidden_dim)
+        gate, value = halves(self.fc1(x))
+        return self.drop(self.fc2(self.drop(self.mix(gate, value))))
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        """What fc2 projects, ``(B, H, W, hidden)``."""
-        return self.mix(self.fc1(x))
+    def mix(self, gate: Tensor, value: Tensor) -> Tensor:
+        return value * self.act(gate)
 
     def pointwise(self, x: Tensor) -> Tensor:
         """The same without a convolution, for tokens ``(..., C)`` that have no place in a map."""
-        return self.drop(self.fc2(self.drop(GLU.mix(self, self.fc1(x)))))
-
-    def mix(self, x: Tensor) -> Tensor:
-        """Join ``x = [gate | value]``, ``(B, H, W, 2 hidden)``, into ``(B, H, W, hidden)``."""
-        gate, value = x.chunk(2, dim=-1)
-        return value * self.act(gate)
+        gate, value = halves(self.fc1(x))
+        return self.drop(self.fc2(self.drop(value * self.act(gate))))
 
 
 class DepthwiseGLU(GLU):
@@ -99,22 +91,19 @@ class DepthwiseGLU(GLU):
 class ConvGLUType1(DepthwiseGLU):
     """``value * dwconv(act(gate))`` (equation 20)."""
 
-    def mix(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
+    def mix(self, gate: Tensor, value: Tensor) -> Tensor:
         return value * self.dwconv(self.act(gate))
 
 
 class ConvGLUType2(DepthwiseGLU):
     """``dwconv(value) * act(gate)`` (equation 21)."""
 
-    def mix(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
+    def mix(self, gate: Tensor, value: Tensor) -> Tensor:
         return self.dwconv(value) * self.act(gate)
 
 
 class ConvGLUType3(DepthwiseGLU):
     """``dwconv(value * act(gate))`` (equation 22)."""
 
-    def mix(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
+    def mix(self, gate: Tensor, value: Tensor) -> Tensor:
         return self.dwconv(value * self.act(gate))

@@ -1,14 +1,15 @@
 """Log-CPB: a position bias computed from log-spaced relative coordinates, for a map of any size."""
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks._caching import WeightedCache, cached_by_size
+from foveal.blocks._caching import KeptByContent, cached_by_size, may_keep_tensors
 from foveal.blocks._checks import Grid, check_positive
 from foveal.blocks._initialization import init_linear
-from foveal.blocks.replaced import may_take_apart
+from foveal.blocks._module import MapModule
+from foveal.blocks._plain import are_plain, weights_of
 from foveal.ops import PositionBias, log_cpb_table, reference
 from foveal.ops.tracing import is_exporting
 
@@ -26,12 +27,11 @@ def log_spaced(offset: Tensor, pretrain_length: int) -> Tensor:
 relative_offsets = cached_by_size(reference.relative_offsets)
 
 
-class LogCPB(nn.Module):
+class LogCPB(MapModule):
     """A position bias from an MLP over log-spaced relative coordinates (equation 11).
 
     The MLP, 2 -> hidden -> heads with ReLU, sees each distinct pair of a row and a column offset once. In eval mode the
-    bias is kept for the last few sizes while the weights stand still (writes through ``.data`` go unnoticed: follow
-    them with ``.train().eval()``).
+    bias is kept for the last few sizes, together with the weights that it was made of.
 
     Args:
         num_heads: heads, one bias each.
@@ -49,8 +49,7 @@ class LogCPB(nn.Module):
         check_positive("hidden_dim", hidden_dim)
         self.fc1 = nn.Linear(2, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, num_heads, device=device, dtype=dtype)
-        self._cache = WeightedCache()
-        self.register_load_state_dict_post_hook(_forget)
+        self._kept = KeptByContent()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -61,58 +60,60 @@ class LogCPB(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters()}
 
-    def forward(self, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid) -> PositionBias:
+    def forward(
+        self, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid, *, like: Tensor | None = None
+    ) -> PositionBias:
         """The bias of a query grid (H, W) against a pooled key grid (Hp, Wp), both in cells.
 
         Args:
             query_grid: rows and columns of the queries.
             key_grid: rows and columns of the keys, pooled from the query grid.
             pretrain_grid: the query grid at pre-training, which normalises the coordinates.
+            like: a tensor on the device of the result; None takes that of the weights.
         """
-        key = (*query_grid, *key_grid, *pretrain_grid)
-        return self._cache.get(self, key, lambda: self._bias(query_grid, key_grid, pretrain_grid))
+        like = next(self.parameters()) if like is None else like
+        bias = partial(self._bias, query_grid, key_grid, pretrain_grid, like)
+        if not self._may_keep(like):
+            return bias()
+        return self._kept.get((query_grid, key_grid, pretrain_grid), weights_of(self.fc1, self.fc2), bias)
 
-    def window(self, window_size: int, pretrain_grid: Grid) -> Tensor:
-        """The bias of the cells of a sliding window, row-major: ``(heads, k * k)``."""
+    def window(self, window_size: int, pretrain_grid: Grid, *, like: Tensor | None = None) -> Tensor:
+        """The bias of the cells of a sliding window, row-major: ``(heads, k * k)``. ``like`` as of :meth:`forward`."""
+        like = next(self.parameters()) if like is None else like
         radius = window_size // 2
-        offsets = torch.arange(-radius, radius + 1, device=self._like.device, dtype=torch.float32)
-        return self._table(offsets, offsets, pretrain_grid).flatten(1)
+        offsets = torch.arange(-radius, radius + 1, device=like.device, dtype=torch.float32)
+        return self._table(offsets, offsets, pretrain_grid, like).flatten(1)
 
-    def _bias(self, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid) -> PositionBias:
-        (rows, row_index), (columns, column_index) = map(self._offsets, query_grid, key_grid)
-        return PositionBias(self._table(rows, columns, pretrain_grid), row_index, column_index)
+    def _bias(self, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid, like: Tensor) -> PositionBias:
+        (rows, row_index), (columns, column_index) = (
+            _offsets(queries, keys, like) for queries, keys in zip(query_grid, key_grid, strict=True)
+        )
+        return PositionBias(self._table(rows, columns, pretrain_grid, like), row_index, column_index)
 
-    def _offsets(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() and not is_exporting():
-            return torch.ops.foveal.relative_offsets(self._like, queries, keys)
-        return relative_offsets(queries, keys, self._like.device)
-
-    def _table(self, rows: Tensor, columns: Tensor, pretrain_grid: Grid) -> Tensor:
-        dtype = torch.promote_types(self._like.dtype, torch.float32)
+    def _table(self, rows: Tensor, columns: Tensor, pretrain_grid: Grid, like: Tensor) -> Tensor:
+        """``fc2(relu(fc1(coordinates)))`` of every pair of a row and a column offset: ``(heads, Th, Tw)``."""
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         rows, columns = (
-            log_spaced(offsets.to(dtype), length)
+            log_spaced(offsets.to(torch.promote_types(dtype, torch.float32)), length)
             for offsets, length in zip((rows, columns), pretrain_grid, strict=True)
         )
-        if not (may_take_apart(self.fc1) and may_take_apart(self.fc2)):
-            pairs = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
-            return self.fc2(self.fc1(pairs).relu()).permute(2, 0, 1)
-        return log_cpb_table(rows, columns, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        if self._may_be_read(like):
+            return log_cpb_table(rows, columns, *weights_of(self.fc1, self.fc2))
+        pairs = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+        return reference.at_least_float32(self.fc2(self.fc1(pairs.to(dtype)).relu())).permute(2, 0, 1)
 
-    @property
-    def _like(self) -> Tensor:
-        """A tensor on the device and of the dtype of the weights; a quantised layer may hide its own."""
-        weight = self.fc1.weight
-        return weight.detach() if isinstance(weight, Tensor) else torch.empty(0)
+    def _may_be_read(self, like: Tensor) -> bool:
+        """Whether the bias is a function of the layers' weights alone."""
+        return are_plain(like, self.fc1, self.fc2) and None not in (self.fc1.bias, self.fc2.bias)
 
-    def _apply(self, fn, recurse=True):
-        self._cache.clear()
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True):
-        self._cache.clear()
-        return super().train(mode)
+    def _may_keep(self, like: Tensor) -> bool:
+        """Whether the bias is a function of weights that nobody differentiates."""
+        if self.training or like.is_meta or not may_keep_tensors() or not self._may_be_read(like):
+            return False
+        return not (torch.is_grad_enabled() and any(p.requires_grad for p in weights_of(self.fc1, self.fc2)))
 
 
-def _forget(module: LogCPB, incompatible_keys: Any) -> None:
-    """A named function, unlike a lambda, lets the module be pickled."""
-    module._cache.clear()
+def _offsets(queries: int, keys: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() and not is_exporting():
+        return torch.ops.foveal.relative_offsets(like.detach(), queries, keys)
+    return relative_offsets(queries, keys, like.device)

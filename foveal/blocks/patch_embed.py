@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from foveal.blocks._checks import check_map, check_positive
 from foveal.blocks._initialization import init_convolution
-from foveal.blocks.inference import normalize
+from foveal.blocks._module import MapModule
 
 
-class OverlapPatchEmbed(nn.Module):
+class OverlapPatchEmbed(MapModule):
     """A strided convolution and a norm, ``(B, H, W, in_chans)`` to ``(B, ceil(H / stride), ceil(W / stride), dim)``.
 
     Args:
@@ -47,4 +47,4 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.in_chans)
-        return normalize(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.norm)
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

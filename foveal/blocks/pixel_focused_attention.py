@@ -8,20 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal.blocks._checks import Grid, check_heads, check_map, check_positive, check_probability, to_grid
+from foveal.blocks._attention_weights import AttentionWeights
+from foveal.blocks._checks import Grid, check_heads, check_map, check_positive, check_probability, grid_of, to_grid
 from foveal.blocks._initialization import init_linear
+from foveal.blocks._module import MapModule
+from foveal.blocks._plain import is_plain
+from foveal.blocks._temperature import init_temperature, temperature_scale
 from foveal.blocks.activate_and_pool import ActivateAndPool
-from foveal.blocks.attention_weights import AttentionWeights
-from foveal.blocks.cosine_scale import init_temperature, temperature_scale
-from foveal.blocks.inference import infers_on_cpu, is_plain_linear
 from foveal.blocks.log_cpb import LogCPB
-from foveal.blocks.projected_attention import ProjectedAttention
-from foveal.blocks.replaced import may_take_apart
-from foveal.ops import PositionBias, aggregated_attention, reference
+from foveal.ops import PositionBias, aggregated_attention, attention_weights, reference
 from foveal.ops._checks import check_choice, check_window_size
 
 
-class PixelFocusedAttention(ProjectedAttention):
+class PixelFocusedAttention(MapModule):
     """Attention of every cell to the window around it and to a pooled map (equations 1-5).
 
     Maps ``(B, H, W, C)`` to the same shape, at any H, W >= 1.
@@ -143,62 +142,51 @@ class PixelFocusedAttention(ProjectedAttention):
         """The pooled grid of a query grid."""
         return self.pool_grid or (max(1, grid[0] // self.pool_ratio), max(1, grid[1] // self.pool_ratio))
 
-    def _attended(self, x: Tensor) -> Tensor:
-        operands = self._operands(x, may_leave_bias=True)
-        return aggregated_attention(**operands, dropout_p=self.attn_drop if self.training else 0.0).flatten(3)
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.dim)
+        q, k, v = self.heads(self.qkv(x), 3)
+        k_pool, v_pool = self.heads(self.pooled_kv(self.pool(x, self.key_grid(grid_of(x)))), 2)
+        drop = self.attn_drop if self.training else 0.0
+        x = aggregated_attention(q, k, v, k_pool, v_pool, **self.terms(x), dropout_p=drop)
+        return self.proj_drop(self.proj(x.flatten(3)))
 
     def attention_weights(self, x: Tensor) -> AttentionWeights:
         """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
-        operands = self._operands(x)
-        q, k_pool, bias = operands.pop("q"), operands["k_pool"], operands.pop("pool_bias")
-        table, rows, columns = (None, None, None) if bias is None else bias
-        del operands["v"], operands["v_pool"]
-        window, pool, positional, _ = reference.aggregated_attention_weights(
-            q, **operands, pool_bias=table, pool_rows=rows, pool_columns=columns
-        )
-        cells = self.window_size, self.window_size
-        if positional is not None:
-            inside = reference.inside_map((x.shape[1], x.shape[2]), self.window_size, x.device)
-            positional = (positional * inside[:, :, None]).unflatten(-1, cells)
-        return AttentionWeights(window.unflatten(-1, cells), pool.unflatten(-1, k_pool.shape[1:3]), positional)
-
-    def _operands(self, x: Tensor, may_leave_bias: bool = False) -> dict[str, Any]:
-        """The arguments of the op, with the bias of q, k and v apart where that saves a pass over them."""
         check_map(x, self.dim)
-        grid = x.shape[1], x.shape[2]
+        grid, cells = grid_of(x), (self.window_size, self.window_size)
         key_grid = self.key_grid(grid)
-        bias = None
-        if may_leave_bias and infers_on_cpu(x, self.training) and is_plain_linear(self.qkv):
-            bias = self.qkv.bias
-        q, k, v = self._heads(self.qkv(x) if bias is None else F.linear(x, self.qkv.weight), 3)
-        k_pool, v_pool = self._heads(self._pooled_kv(self.pool(x, key_grid)), 2)
+        q, k, _ = self.heads(self.qkv(x), 3)
+        k_pool, _ = self.heads(self.pooled_kv(self.pool(x, key_grid)), 2)
+        window, pool, positional = attention_weights(q, k, k_pool, **self.terms(x))
+        if positional is not None:
+            inside = reference.inside_map(grid, self.window_size, x.device)
+            positional = (positional * inside[:, :, None]).unflatten(-1, cells)
+        return AttentionWeights(window.unflatten(-1, cells), pool.unflatten(-1, key_grid), positional)
+
+    def heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """The parts of a projection, each ``(B, H, W, heads, d)``."""
+        return x.unflatten(-1, (parts, self.num_heads, self.dim // self.num_heads)).unbind(3)
+
+    def pooled_kv(self, pooled: Tensor) -> Tensor:
+        """Keys and values of the pooled map, ``(B, Hp, Wp, 2C)``: what the last two thirds of qkv's rows make of it."""
+        if not is_plain(self.qkv, pooled):
+            return self.qkv(pooled)[..., self.dim :]
+        bias = None if self.qkv.bias is None else self.qkv.bias[self.dim :]
+        return F.linear(pooled, self.qkv.weight[self.dim :], bias)
+
+    def terms(self, x: Tensor) -> dict[str, Any]:
+        """What besides queries, keys and values makes the weights of a map, as the op takes it."""
         return {
-            "q": q,
-            "k": k,
-            "v": v,
-            "k_pool": k_pool,
-            "v_pool": v_pool,
             "window_size": self.window_size,
             "scale": self._scale(x),
             "length_scaled": self.length_scaled,
             "normalize": self.cosine,
             "query_embedding": self.query_embedding,
-            "window_bias": self._window_bias(grid),
-            "pool_bias": self._pool_bias(grid, key_grid),
+            "window_bias": self._window_bias(x),
+            "pool_bias": self._pool_bias(x),
             "positional_tokens": self.positional_tokens,
             "positional_bias": self.positional_bias,
-            **({} if bias is None else {"input_bias": bias.unflatten(0, (3, self.num_heads, -1))}),
         }
-
-    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        return x.unflatten(-1, (parts, self.num_heads, self.dim // self.num_heads)).unbind(3)
-
-    def _pooled_kv(self, pooled: Tensor) -> Tensor:
-        """Keys and values of the pooled map, from the last two thirds of the rows of the projection."""
-        if not may_take_apart(self.qkv):
-            return self.qkv(pooled)[..., self.dim :]
-        bias = None if self.qkv.bias is None else self.qkv.bias[self.dim :]
-        return F.linear(pooled, self.qkv.weight[self.dim :], bias)
 
     def _scale(self, x: Tensor) -> Tensor:
         if self.temperature is not None:
@@ -206,18 +194,19 @@ class PixelFocusedAttention(ProjectedAttention):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.new_full((self.num_heads,), math.sqrt(self.num_heads / self.dim), dtype=dtype)
 
-    def _window_bias(self, grid: Grid) -> Tensor | None:
+    def _window_bias(self, x: Tensor) -> Tensor | None:
         if self.log_cpb is not None and self._window_log_cpb:
-            return self.log_cpb.window(self.window_size, self.pretrain_grid or grid)
+            return self.log_cpb.window(self.window_size, self.pretrain_grid or grid_of(x), like=x)
         return self.window_bias
 
-    def _pool_bias(self, grid: Grid, key_grid: Grid) -> PositionBias | None:
+    def _pool_bias(self, x: Tensor) -> PositionBias | None:
+        grid = grid_of(x)
         if self.pool_bias is not None:
             return PositionBias.per_key(self.pool_bias, grid)
         if self.log_cpb is None or not self._pool_log_cpb:
             return None
         if self.bias_resampling == "extrapolate":
-            return self.log_cpb(grid, key_grid, self.pretrain_grid or grid)
+            return self.log_cpb(grid, self.key_grid(grid), self.pretrain_grid or grid, like=x)
         declared = self.bias_grid or grid
-        bias = self.log_cpb(declared, self.key_grid(declared), self.pretrain_grid or declared)
-        return bias.interpolate(grid, key_grid)
+        bias = self.log_cpb(declared, self.key_grid(declared), self.pretrain_grid or declared, like=x)
+        return bias.interpolate(grid, self.key_grid(grid))

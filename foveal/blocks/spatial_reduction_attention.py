@@ -4,14 +4,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from foveal.blocks._checks import check_heads, check_map, check_positive, check_probability
+from foveal.blocks._attention_weights import AttentionWeights
+from foveal.blocks._checks import check_heads, check_map, check_positive, check_probability, grid_of
 from foveal.blocks._initialization import init_convolution, init_linear
-from foveal.blocks.attention_weights import AttentionWeights
-from foveal.blocks.projected_attention import ProjectedAttention
+from foveal.blocks._module import MapModule
+from foveal.ops.dense_attention import dense_attention
 from foveal.ops.reference import at_least_float32
 
 
-class SpatialReductionAttention(ProjectedAttention):
+class SpatialReductionAttention(MapModule):
     """Scaled dot-product attention to a reduced map, ``(B, H, W, C)`` to the same shape (PVTv2, arXiv 2106.13797).
 
     Keys and values come from ``norm(conv(x))``, a convolution whose kernel and stride are the ratio. A side shorter
@@ -61,12 +62,12 @@ class SpatialReductionAttention(ProjectedAttention):
         if self.sr is not None:
             init_convolution(self.sr)
 
-    def _attended(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        height = x.shape[1]
+        grid = grid_of(x)
         q, k, v = self._heads(x, self._reduce(x))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return rearrange(out, "b n (h w) d -> b h w (n d)", h=height)
+        x = dense_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(rearrange(x, "b n (h w) d -> b h w (n d)", h=grid[0])))
 
     def attention_weights(self, x: Tensor) -> AttentionWeights:
         """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
@@ -74,7 +75,7 @@ class SpatialReductionAttention(ProjectedAttention):
         reduced = self._reduce(x)
         q, k, _ = map(at_least_float32, self._heads(x, reduced))
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
-        pool = rearrange(weights, "b n (h w) (a c) -> b h w n a c", h=x.shape[1], a=reduced.shape[1])
+        pool = rearrange(weights, "b n (h w) (a c) -> b h w n a c", h=grid_of(x)[0], a=grid_of(reduced)[0])
         return AttentionWeights(None, pool, None)
 
     def _heads(self, x: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +87,6 @@ class SpatialReductionAttention(ProjectedAttention):
     def _reduce(self, x: Tensor) -> Tensor:
         if self.sr is None or self.norm is None:
             return x
-        missing_rows, missing_columns = (max(0, self.sr_ratio - side) for side in x.shape[1:3])
+        missing_rows, missing_columns = (max(0, self.sr_ratio - side) for side in grid_of(x))
         x = F.pad(x.permute(0, 3, 1, 2), (0, missing_columns, 0, missing_rows))
         return self.norm(self.sr(x).permute(0, 2, 3, 1))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 def output_shape(module: nn.Module, shape: tuple[int, ...], device: Any = None, dtype: Any = None) -> tuple[int, ...]:
     """The shape of ``module(x)`` for x of a shape. The module itself is neither run nor changed.
 
-    A module that looks at the values of its input is run on zeros, in a copy.
+    A module that looks at the values of its input is run on zeros, in a copy. The input is on the device, and of the
+    dtype, of the module's own parameters, wherever they were meant to be; ``device`` and ``dtype`` are for one without.
 
     Raises:
         ValueError: where the module fails on such an input.
@@ -18,6 +19,9 @@ def output_shape(module: nn.Module, shape: tuple[int, ...], device: Any = None, 
     """
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+    own = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if own is not None:
+        device, dtype = own.device, own.dtype
     mode = FakeTensorMode()
     try:
         with FakeCopyMode(mode):

@@ -13,21 +13,23 @@ from timm.layers import (
 )
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from foveal.blocks._checks import check_probability, to_grid
 from foveal.blocks._factory import located
 from foveal.blocks._initialization import init_linear
 from foveal.models._dry_run import output_shape
 from foveal.models.stage import Stage, build_downsample, build_stage
+from foveal.ops.tracing import shape_of
 
 _PROBE = 256  # side of the map on which a downsampling's ratio is read off
 
 
+@fx.wrap
 @register_notrace_function
 def images_to_maps(x: Tensor, in_chans: int) -> Tensor:
     """Images ``(B, in_chans, H, W)`` as channels-last maps, without a copy."""
-    if x.dim() != 4 or x.shape[1] != in_chans:
+    if x.dim() != 4 or shape_of(x)[1] != in_chans:
         raise ValueError(f"x must be images of shape (B, {in_chans}, H, W), got {tuple(x.shape)}")
     return x.permute(0, 2, 3, 1)
 
@@ -56,6 +58,8 @@ class Backbone(nn.Module):
         >>> net(torch.randn(1, 3, 64, 96)).shape
         torch.Size([1, 1000])
     """
+
+    output_fmt = "NHWC"  # of the maps that leave a stage's module, to those who hook it
 
     def __init__(
         self,

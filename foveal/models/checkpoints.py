@@ -22,7 +22,20 @@ _ATTENTION = {
 }
 _MLP = {"fc1": "fc1", "dwconv.dwconv": "dwconv", "fc2": "fc2"}
 _BUFFERS = ("relative_pos_index", "relative_coords_table", "seq_length_scale", "padding_mask")
+_OWN: tuple[str, ...] = (
+    "window_bias",
+    "positional_tokens",
+    "positional_bias",
+    "pool_bias",
+    "pool.proj",
+    "pool.norm",
+    "log_cpb.fc1",
+)
+_OWN += ("log_cpb.fc2", "dwconv")  # of foveal's modules, where they are not called as the official ones
 _INSIDE = re.compile(r"(?:^|\.)(?:block|patch_embed)\d+\.")  # nothing official nests in these
+_FOVEAL = re.compile(r"(?:^|\.)(?=stages\.0\.)")  # where the names of a backbone begin
+_OFFICIAL = re.compile(r"(?:^|\.)(?=(?:patch_embed1|block1)\.)")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # as timm takes them, averaged weights first
 
 
 def _one_of(names: Mapping[str, str]) -> str:
@@ -53,24 +66,31 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Keys are recognised by their tails, so it serves a classifier, a detector's ``backbone.*`` (whatever stands before
     the official names is kept), one lone attention or MLP module, and a dict of gradients as well as of weights.
-    The projections q and kv are joined into qkv; the published code's buffers are dropped.
+    The projections q and kv are joined into qkv; the published code's buffers are dropped. What is in foveal's layout
+    already stays as it is.
 
     Args:
-        state_dict: a flat dict of tensors, or ``{"model": dict}``.
+        state_dict: a flat dict of tensors, or one under a key as timm's ("state_dict_ema", "model_ema", "state_dict",
+            "model", the first that there is).
 
     Returns:
         A flat dict for ``load_state_dict`` of the matching foveal module.
 
     Raises:
-        ValueError: where a key is not one of the official layout, or a projection lacks its other half.
+        ValueError: where a key is of neither layout, or a projection lacks its other half.
     """
+    state_dict = _unwrapped(state_dict)
+    if any(map(_FOVEAL.search, state_dict)):
+        return dict(state_dict)
     converted: dict[str, Tensor] = {}
-    for key, value in _join_projections(_unwrapped(state_dict)).items():
+    for key, value in _join_projections(state_dict).items():
         if key.rpartition(".")[2] in _BUFFERS:
             continue
         name = _foveal_name(key)
         if name is None:
-            raise ValueError(f"state_dict holds the key {key!r}, which is not of the official TransNeXt layout")
+            raise ValueError(
+                f"state_dict holds the key {key!r}, which is neither of the official TransNeXt layout nor foveal's"
+            )
         converted[name] = value.reshape(_foveal_shape(key, value))
     return converted
 
@@ -78,15 +98,28 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's hook: official weights become foveal's, weights saved by foveal pass as they are.
 
-    Of a detector's checkpoint only the ``backbone.*`` part is taken, without that prefix.
+    Whatever stands before the backbone's names is taken off (``module.``, ``_orig_mod.``, ``encoder.model.``), and of a
+    larger network, as a detector, only the backbone's part is taken.
+
+    Raises:
+        ValueError: where a key is of neither layout, or several backbones fit the model alike.
     """
     state_dict = _unwrapped(state_dict)
-    for prefix in ("module.", "backbone."):
+    found = [(key, match) for key in state_dict for match in [(_FOVEAL.search(key) or _OFFICIAL.search(key))] if match]
+    candidates = {}
+    for prefix in sorted({key[: match.end()] for key, match in found}):
         inner = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        state_dict = inner or state_dict
-    if any(key.startswith("stages.") for key in state_dict):
-        return dict(state_dict)
-    return from_official(state_dict)
+        candidates[prefix] = from_official(inner)
+    if not candidates:
+        return from_official(state_dict)
+    wanted = model.state_dict().keys()
+    fitting = {prefix: len(wanted & inner.keys()) for prefix, inner in candidates.items()}
+    best = [prefix for prefix, count in fitting.items() if count == max(fitting.values())]
+    if len(best) > 1:
+        raise ValueError(
+            f"state_dict holds several backbones, under {', '.join(map(repr, best))}: pass the keys of one"
+        )
+    return candidates[best[0]]
 
 
 def load_file(path: str | Path) -> dict[str, Tensor]:
@@ -99,7 +132,7 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unwrapped(state_dict: Mapping) -> Mapping[str, Tensor]:
-    for key in ("model", "state_dict"):
+    for key in _WRAPPERS:
         if isinstance(state_dict.get(key), Mapping):
             return state_dict[key]
     return state_dict
@@ -112,7 +145,7 @@ def _foveal_name(key: str) -> str | None:
         if match := re.search(rf"(?:^|(?<=\.)){tail}$", module):
             prefix = module[: match.start()]
             return None if _INSIDE.search(prefix) else prefix + name(match) + parameter
-    return None
+    return key if module.endswith(_OWN) else None
 
 
 def _foveal_shape(key: str, value: Tensor) -> tuple[int, ...]:

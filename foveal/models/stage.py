@@ -1,24 +1,24 @@
 """A stage of a backbone: its declaration, and the module built from it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, LayerScale
+from timm.layers import LayerScale
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from foveal.blocks import OverlapPatchEmbed
 from foveal.blocks._checks import check_probability
 from foveal.blocks._factory import call, located
-from foveal.blocks.inference import ResidualStream, infers_on_cpu, is_altered, is_idle, without_last_bias
 from foveal.models._dry_run import output_shape
+from foveal.models._reading import read_stage
+from foveal.models.block import Block
+from foveal.ops.backend import infers_on_cpu
 
 Factory = Callable[..., nn.Module]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Stage:
     """The declaration of one stage: a downsampling, ``depth`` blocks of a mixer and an MLP, a norm.
 
@@ -41,46 +41,37 @@ class Stage:
         >>> Stage(dim=96, depth=2, mixer=partial(AggregatedAttention, num_heads=4), mlp=ConvGLU)
     """
 
-    dim: int
-    depth: int
-    mixer: Factory | Sequence[Factory]
-    mlp: Factory | Sequence[Factory]
-    downsample: Factory | None = None
-    norm_layer: Factory | None = None
-    layer_scale: float | None = None
-    drop_path: float | Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "depth"):
-            value = getattr(self, name)
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        mixer: Factory | Sequence[Factory],
+        mlp: Factory | Sequence[Factory],
+        downsample: Factory | None = None,
+        norm_layer: Factory | None = None,
+        layer_scale: float | None = None,
+        drop_path: float | Sequence[float] | None = None,
+    ):
+        for name, value in (("dim", dim), ("depth", depth)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} of a Stage must be a positive integer, got {value!r}")
-
-
-class Block(nn.Module):
-    """``x + drop_path(scale(mixer(norm(x))))``, then the same with the MLP, over ``(B, H, W, C)``."""
-
-    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, norms: Sequence[nn.Module], scale, drop_path: float):
-        super().__init__()
-        self.norm1, self.norm2 = norms
+        self.dim = dim
+        self.depth = depth
         self.mixer = mixer
         self.mlp = mlp
-        self.scale1, self.scale2 = scale(dim), scale(dim)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.downsample = downsample
+        self.norm_layer = norm_layer
+        self.layer_scale = layer_scale
+        self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = ResidualStream(x)
-        self.add_to(stream)
-        return stream.total()
+    def __repr__(self) -> str:
+        return f"Stage({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
-    def add_to(self, stream: ResidualStream) -> None:
-        """Add both branches to a stream."""
-        for norm, part, scale in ((self.norm1, self.mixer, self.scale1), (self.norm2, self.mlp, self.scale2)):
-            normed = stream.normalize(norm)
-            if infers_on_cpu(normed, self.training) and is_idle(scale) and is_idle(self.drop_path):
-                stream.add(*without_last_bias(part, normed))
-            else:
-                stream.add(self.drop_path(scale(part(normed))))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stage) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class StageModule(nn.Module):
@@ -94,21 +85,11 @@ class StageModule(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if infers_on_cpu(x):
+            return read_stage(self, x)
         x = self.downsample(x)
-        if infers_on_cpu(x, self.training) and not is_altered(self.blocks):
-            return self._inferred(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
         return self.norm(x)
-
-    def _inferred(self, x: Tensor) -> Tensor:
-        """``norm(blocks(x))`` with the sums between blocks joined to the norms after them."""
-        stream = ResidualStream(x)
-        for block in self.blocks:
-            if type(block) is Block:
-                block.add_to(stream)
-            else:
-                stream = ResidualStream(block(stream.total()))
-        return stream.normalize(self.norm)
 
 
 def build_downsample(spec: Stage, index: int, in_chans: int, dd: dict[str, Any]) -> nn.Module:

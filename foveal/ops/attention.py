@@ -135,6 +135,33 @@ def aggregated_attention(
     return reference.aggregated_attention(q, k, v, *others, *options, dropout_p)
 
 
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    k_pool: Tensor,
+    *,
+    window_size: int,
+    scale: Tensor,
+    length_scaled: bool,
+    normalize: bool,
+    query_embedding: Tensor | None = None,
+    window_bias: Tensor | None = None,
+    pool_bias: PositionBias | None = None,
+    positional_tokens: Tensor | None = None,
+    positional_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What :func:`aggregated_attention` multiplies the values with, by its definition: for looking, not for speed.
+
+    Returns:
+        the softmax's weights of the window ``(B, H, W, heads, k * k)``, 0 outside the map, and of the pooled map
+        ``(B, H, W, heads, Hp * Wp)``; what positional attention adds to the window's, or None. In at least float32.
+    """
+    bias = (None, None, None) if pool_bias is None else pool_bias
+    parameters = scale, query_embedding, window_bias, *bias, positional_tokens, positional_bias
+    options = window_size, length_scaled, normalize
+    return reference.aggregated_attention_weights(q, k, k_pool, *parameters, *options)[:3]
+
+
 def _biased(input_bias: Tensor, *maps: Tensor) -> list[Tensor]:
     return [reference.biased(x, bias) for x, bias in zip(maps, input_bias, strict=True)]
 

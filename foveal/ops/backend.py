@@ -86,6 +86,13 @@ def runs_compiled(op: str, x: Tensor, unsupported: Sequence[str] = ()) -> bool:
     return not reasons
 
 
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether nobody differentiates, traces or transforms what is computed of ``x`` on the CPU."""
+    if not isinstance(x, Tensor) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and not circumstances(x)
+
+
 def infers_compiled(op: str, x: Tensor, *others: Tensor | None, unsupported: Sequence[str] = ()) -> bool:
     """Whether a call that nobody differentiates runs compiled on the CPU, which has kernels for inference alone."""
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))

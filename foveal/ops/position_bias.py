@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from foveal.ops.tracing import shape_of
+
 Grid = tuple[int, int]
 
 
@@ -28,11 +30,11 @@ class PositionBias(NamedTuple):
 
     @property
     def query_grid(self) -> Grid:
-        return self.row_index.shape[0], self.column_index.shape[0]
+        return shape_of(self.row_index)[0], shape_of(self.column_index)[0]
 
     @property
     def key_grid(self) -> Grid:
-        return self.row_index.shape[1], self.column_index.shape[1]
+        return shape_of(self.row_index)[1], shape_of(self.column_index)[1]
 
     def dense(self) -> Tensor:
         """The bias of every pair, ``(heads, H * W, Hp * Wp)``: quadratic in the size of the map."""
@@ -42,7 +44,7 @@ class PositionBias(NamedTuple):
     @classmethod
     def from_dense(cls, bias: Tensor) -> "PositionBias":
         """Wrap a bias ``(heads, H, W, Hp, Wp)`` that has no structure: every pair is an entry of its own."""
-        heads, height, width, key_height, key_width = bias.shape
+        heads, height, width, key_height, key_width = shape_of(bias)
         table = bias.transpose(2, 3).reshape(heads, height * key_height, width * key_width)
         rows = torch.arange(height * key_height, device=bias.device).view(height, key_height)
         columns = torch.arange(width * key_width, device=bias.device).view(width, key_width)
@@ -51,8 +53,9 @@ class PositionBias(NamedTuple):
     @classmethod
     def per_key(cls, bias: Tensor, query_grid: Grid) -> "PositionBias":
         """Wrap a bias ``(heads, Hp, Wp)`` that depends on the key alone."""
-        rows = torch.arange(bias.shape[1], device=bias.device).expand(query_grid[0], -1)
-        columns = torch.arange(bias.shape[2], device=bias.device).expand(query_grid[1], -1)
+        _, key_height, key_width = shape_of(bias)
+        rows = torch.arange(key_height, device=bias.device).expand(query_grid[0], -1)
+        columns = torch.arange(key_width, device=bias.device).expand(query_grid[1], -1)
         return cls(bias, rows.contiguous(), columns.contiguous())
 
     def interpolate(self, query_grid: Grid, key_grid: Grid) -> "PositionBias":

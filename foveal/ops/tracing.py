@@ -19,8 +19,8 @@ def shape_of(x: Tensor) -> Sequence[int]:
     if not torch.jit.is_tracing():
         return x.shape
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return tuple(x.shape)
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ def test_interpolation_resamples_the_bias_of_the_declared_grid(grid):
     declared = block.log_cpb((4, 4), (4, 4), (4, 4)).dense()
     keys = F.interpolate(declared.unflatten(2, (4, 4)), grid, mode="bilinear").flatten(2)
     queries = F.interpolate(keys.unflatten(1, (4, 4)).permute(0, 3, 1, 2), grid, mode="bilinear")
-    assert_near(block._bias(grid, torch.float32)[0], queries.flatten(2).transpose(1, 2))
+    assert_near(block._bias(torch.empty(1, *grid, 8), torch.float32)[0], queries.flatten(2).transpose(1, 2))
     extrapolating = LengthScaledCosineAttention(8, 2, pretrain_grid=4)
     extrapolating.load_state_dict(block.state_dict())
     x = torch.randn(1, *grid, 8)

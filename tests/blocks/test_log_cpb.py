@@ -170,7 +170,7 @@ def test_the_kept_biases_are_bounded(calls):
         for side in (*range(1, 41), 1):
             block(torch.randn(1, side, 3, 8))
     assert len(calls) == 41
-    assert len(block.log_cpb._cache._entries) <= 4
+    assert len(block.log_cpb._kept._entries) <= 4
 
 
 def test_load_state_dict(build):

@@ -1,7 +1,5 @@
 """Blocks in networks of other layouts: ``(B, C, H, W)`` maps, ``(B, N, C)`` tokens, and timm's signatures for parts."""
 
-from timm.layers import register_notrace_module
-
 from foveal.blocks.layouts.channels_first import ChannelsFirst
 from foveal.blocks.layouts.grid import CarriedGrid, PatchGrid, grid_of
 from foveal.blocks.layouts.signatures import attn_layer, mlp_layer, token_mixer
@@ -19,6 +17,3 @@ __all__ = [
     "mlp_layer",
     "token_mixer",
 ]
-
-for _module in (ChannelsFirst, Tokens, TokenMixer, SizedTokens):  # like the blocks, torch.fx keeps them whole
-    register_notrace_module(_module)

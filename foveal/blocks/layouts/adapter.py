@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import nn
 
+from foveal.blocks._module import MapModule
 
-class Adapter(nn.Module):
+
+class Adapter(MapModule):
     """A block of foveal, ``(B, H, W, C) -> (B, H, W, C')``, seen through the eyes of a network of another layout."""
 
     def __init__(self, block: nn.Module):

@@ -1,0 +1,103 @@
+"""Whether calling a child means its class's own arithmetic, so that its weights may be read instead."""
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from foveal.blocks.depthwise_conv import DepthwiseConv
+from foveal.ops.tracing import shape_of
+
+# The layers that may be read, as they were imported: a class whose forward is replaced later is another one.
+_FORWARDS: dict[type, Callable] = {
+    kind: kind.forward
+    for kind in (
+        nn.Linear,
+        nn.LayerNorm,
+        nn.GELU,
+        nn.ReLU,
+        nn.SiLU,
+        nn.Identity,
+        nn.Dropout,
+        DropPath,
+        DepthwiseConv,
+    )
+}
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing besides: no hook, no forward of its own.
+
+    Tools leave hooks (pruning, the older weight norm, profilers), give an instance a forward (accelerate, adapters),
+    or ``.compile()`` it. Its children are not asked.
+    """
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or "forward" in vars(module)
+        or torch_module._has_any_global_hook()
+    )
+
+
+def is_plain(module: nn.Module, x: Tensor) -> bool:
+    """Whether calling a layer on ``x`` does nothing but its class's arithmetic on ordinary parameters beside ``x``.
+
+    It does not where somebody has replaced, wrapped, subclassed, hooked, reparametrised, quantised or compiled it, set
+    it up otherwise than foveal does, or keeps its weights elsewhere between calls. Then it is to be called.
+    """
+    kind = type(module)
+    return (
+        isinstance(x, Tensor)
+        and _FORWARDS.get(kind) is kind.forward
+        and is_untouched(module)
+        and all(p is None or (type(p) is nn.Parameter and p.device == x.device) for p in module._parameters.values())
+        and _is_set_up_as_usual(module)
+    )
+
+
+def are_plain(x: Tensor, *modules: nn.Module) -> bool:
+    return all(is_plain(module, x) for module in modules)
+
+
+def is_idle(module: nn.Module, x: Tensor) -> bool:
+    """Whether a layer returns its input as it is: Identity, or a dropout that drops nothing."""
+    if not is_plain(module, x):
+        return False
+    if isinstance(module, nn.Dropout):
+        return not module.training or module.p == 0
+    if isinstance(module, DropPath):
+        return not module.training or module.drop_prob == 0
+    return type(module) is nn.Identity
+
+
+def activation_name(act: nn.Module, x: Tensor) -> str | None:
+    """The name under which foveal's ops fuse an activation; None where it is to be called."""
+    if not is_plain(act, x):
+        return None
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}.get(type(act))
+
+
+def weights_of(*layers: Any) -> list[Any]:
+    """Weight and bias (a tensor or None) of every layer, in a row, as ops take them."""
+    return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+
+
+def _is_set_up_as_usual(module: Any) -> bool:
+    """Parameters where the class keeps them, and the settings that foveal's ops assume."""
+    kind, parameters = type(module), module._parameters
+    if kind in (nn.Linear, DepthwiseConv) and (parameters.get("weight") is None or "bias" not in parameters):
+        return False
+    if kind is nn.LayerNorm:
+        return len(module.normalized_shape) == 1 and "weight" in parameters and "bias" in parameters
+    if kind is DepthwiseConv:
+        channels, _, size, _ = shape_of(module.weight)
+        same_size = module.padding == (size // 2, size // 2) and module.stride == module.dilation == (1, 1)
+        return same_size and module.padding_mode == "zeros" and module.groups == channels
+    return True

@@ -1,0 +1,31 @@
+"""A stage in inference on the CPU: its blocks read one after the other, every sum joined to the norm after it."""
+
+from typing import Any
+
+from torch import Tensor
+
+from foveal.blocks._plain import is_idle, is_untouched
+from foveal.blocks.inference import Branch, add, add_and_normalize, read
+from foveal.models.block import Block
+
+
+def read_stage(stage: Any, x: Tensor) -> Tensor:
+    """``norm(blocks(downsample(x)))`` of a stage, the numbers of its forward."""
+    x = read(stage.downsample, x).total()
+    if not is_untouched(stage.blocks):
+        return stage.norm(stage.blocks(x))
+    branch, owned = None, False  # what is not added yet; whether x is a sum that nobody else holds
+    for block in stage.blocks:
+        if type(block) is not Block or not is_untouched(block) or not is_idle(block.drop_path, x):
+            x, branch, owned = block(add(x, branch)), None, False
+            continue
+        for norm, part, scale in (
+            (block.norm1, block.mixer, block.scale1),
+            (block.norm2, block.mlp, block.scale2),
+        ):
+            x, normed = add_and_normalize(x, branch, norm, inplace=owned)
+            owned = owned or branch is not None
+            branch = read(part, normed)
+            if not is_idle(scale, x):
+                branch = Branch(scale(branch.total()))
+    return add_and_normalize(x, branch, stage.norm, inplace=owned)[1]

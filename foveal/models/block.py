@@ -1,0 +1,22 @@
+"""The residual block of a stage."""
+
+from collections.abc import Sequence
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """``x + drop_path(scale(mixer(norm(x))))``, then the same with the MLP, over ``(B, H, W, C)``."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, norms: Sequence[nn.Module], scale, drop_path: float):
+        super().__init__()
+        self.norm1, self.norm2 = norms
+        self.mixer = mixer
+        self.mlp = mlp
+        self.scale1, self.scale2 = scale(dim), scale(dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
