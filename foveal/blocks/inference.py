@@ -94,15 +94,16 @@ def normalize(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def add_and_normalize(
-    x: Tensor, branch: Branch | None, norm: nn.Module, *, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
-    """A stream with a branch added, and its norm. ``inplace`` as of :func:`foveal.ops.add_layer_norm`."""
+    x: Tensor, branch: Branch | None, norm: nn.Module, owned: bool = False
+) -> tuple[Tensor, Tensor, bool]:
+    """A stream with a branch added, its norm, and whether nobody else holds the stream, so that it may be overwritten."""
     if type(norm) is not nn.LayerNorm or not is_plain(norm, x):
         x = add(x, branch)
-        return x, norm(x)
+        return x, norm(x), False
     y, bias = branch or (None, None)
-    inplace = inplace and y is not None and y.dtype == x.dtype
-    return add_layer_norm(x, y, norm.weight, norm.bias, norm.eps, y_bias=bias, inplace=inplace)
+    inplace = owned and y is not None and y.dtype == x.dtype
+    x, normed = add_layer_norm(x, y, norm.weight, norm.bias, norm.eps, y_bias=bias, inplace=inplace)
+    return x, normed, owned or y is not None
 
 
 def add(x: Tensor, branch: Branch | None) -> Tensor:

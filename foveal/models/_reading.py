@@ -14,7 +14,7 @@ def read_stage(stage: Any, x: Tensor) -> Tensor:
     x = read(stage.downsample, x).total()
     if not is_untouched(stage.blocks):
         return stage.norm(stage.blocks(x))
-    branch, owned = None, False  # what is not added yet; whether x is a sum that nobody else holds
+    branch, owned = None, False  # what is not added yet; whether nobody else holds x
     for block in stage.blocks:
         if type(block) is not Block or not is_untouched(block) or not is_idle(block.drop_path, x):
             x, branch, owned = block(add(x, branch)), None, False
@@ -23,9 +23,8 @@ def read_stage(stage: Any, x: Tensor) -> Tensor:
             (block.norm1, block.mixer, block.scale1),
             (block.norm2, block.mlp, block.scale2),
         ):
-            x, normed = add_and_normalize(x, branch, norm, inplace=owned)
-            owned = owned or branch is not None
+            x, normed, owned = add_and_normalize(x, branch, norm, owned)
             branch = read(part, normed)
             if not is_idle(scale, x):
                 branch = Branch(scale(branch.total()))
-    return add_and_normalize(x, branch, stage.norm, inplace=owned)[1]
+    return add_and_normalize(x, branch, stage.norm, owned)[1]

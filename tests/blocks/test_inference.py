@@ -184,7 +184,7 @@ def test_a_branch_in_another_dtype_is_not_added_in_place():
     x, y, norm = torch.randn(3, 24), torch.randn(3, 24).bfloat16(), nn.LayerNorm(24)
     before = x.clone()
     with torch.no_grad():
-        total, _ = add_and_normalize(x, Branch(y), norm, inplace=True)
+        total, _, _ = add_and_normalize(x, Branch(y), norm, owned=True)
     assert x.equal(before)
     assert total.dtype == torch.float32
 

@@ -208,7 +208,7 @@ def test_pretrained_in_every_mode(official_micro, kwargs):
 def test_foreign_file_is_refused(tmp_path):
     path = tmp_path / "resnet.pth"
     torch.save(timm.create_model("resnet10t").state_dict(), path)
-    with pytest.raises(ValueError, match="not of the official TransNeXt layout"):
+    with pytest.raises(ValueError, match="neither of the official TransNeXt layout"):
         timm.create_model("transnext_micro", pretrained=True, pretrained_cfg_overlay={"file": str(path)})
 
 
