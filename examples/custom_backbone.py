@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.arguments import image_size
 from foveal.blocks import AggregatedAttention, ConvGLU, LengthScaledCosineAttention
 from foveal.models import Backbone, Stage
 from foveal.ops import window_scores, window_sum
@@ -102,13 +103,6 @@ def cost(module: nn.Module, flops: dict[str, int], name: str) -> tuple[str, str]
 
 def by(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def image_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 224x224, got {text!r}")
-    return int(height), int(width)
 
 
 def main(argv: list[str] | None = None) -> None:

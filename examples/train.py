@@ -17,13 +17,17 @@ weights: to the bit on the CPU, on a GPU as far as its kernels repeat themselves
 
 import sys
 
+from common.refusals import refuse, refuse_missing
+
+if __name__ == "__main__":
+    refuse_missing("--weights")
+
 import torch
 from timm.utils import random_seed
 
 from training.arguments import NOT_SETTINGS, parse_args
 from training.checkpoint import Run
 from training.data import open_data
-from training.errors import refuse
 from training.interrupt import Interrupt, Stopped
 from training.log import Log
 from training.loop import Training

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveal
+from common.arguments import image_size
 from foveal.blocks import AggregatedAttention, ConvGLU
 from foveal.blocks.layouts import ChannelsFirst
 
@@ -104,13 +105,6 @@ def build(way: str, in_channels: list[int], width: int) -> Neck:
     if WAYS[way]:
         foveal.swap(neck, WAYS[way], adapter=ChannelsFirst)
     return neck.eval()
-
-
-def image_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 320x416, got {text!r}")
-    return int(height), int(width)
 
 
 def neck_width(text: str) -> int:
