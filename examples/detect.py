@@ -33,6 +33,7 @@ from detection.data import collate, open_coco, prepared, to_device
 from detection.detector import build_detector, check_pyramid, parameter_groups
 from detection.results import average_precision, detect, draw_predictions
 from detection.shapes import draw_shapes
+from foveal.analysis import count_parameters
 
 
 def train(detector: nn.Module, dataset: Dataset, args: argparse.Namespace) -> None:
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         with weights_of(args.weights, "this detector", "--weights"):
             load_model(detector, args.weights)
     args.output.mkdir(parents=True, exist_ok=True)
-    size = sum(parameter.numel() for parameter in detector.parameters())
+    size = count_parameters(detector)
     print(f"{args.detector} over {args.model}, {size:,} parameters, {len(training)} images, into {args.output}")
     try:
         if args.epochs:

@@ -28,7 +28,6 @@ from sklearn.model_selection import train_test_split
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import InterpolationMode, RandomAffine
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ import foveal
 from common.arguments import positive
 from common.files import write_text
 from common.refusals import refuse
+from foveal.analysis import count_flops, count_parameters
 from foveal.blocks import (
     GLU,
     ConvFFN,
@@ -154,11 +154,9 @@ def train(step: Step, seed: int, settings: dict[str, Any], bar: tqdm) -> float:
 
 
 def cost(step: Step, img_size: int) -> tuple[int, int]:
-    """Parameters, and the multiply-adds of an image: half of what torch's counter counts."""
-    model = build(step, img_size).eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 1, img_size, img_size))
-    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+    """Parameters, and the multiply-adds of an image."""
+    model = build(step, img_size)
+    return count_parameters(model), count_flops(model, torch.zeros(1, 1, img_size, img_size)) // 2
 
 
 def made_with() -> dict[str, str]:

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import torch
 from timm.utils import random_seed
 
+from foveal.analysis import count_parameters
 from training.arguments import NOT_SETTINGS, parse_args
 from training.checkpoint import Run
 from training.data import open_data
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse("--batch-size", f"must be at most the number of training images, {len(data.train)}")
     random_seed(args.seed)
     model = build_model(args, data.num_classes, data.in_chans, weights=not checkpoint).to(args.device)
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = count_parameters(model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     network = distribute(model, args.engine, args.compile)

@@ -13,10 +13,10 @@ from functools import partial
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import foveal
 from common.arguments import image_size
+from foveal.analysis import count_flops, count_parameters
 from foveal.blocks import AggregatedAttention, ConvGLU
 from foveal.blocks.layouts import ChannelsFirst
 
@@ -93,11 +93,9 @@ WAYS = {
 
 
 def describe(neck: Neck, maps: list[Tensor]) -> tuple[str, str, str]:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        out = neck(maps)
-    parameters = sum(p.numel() for p in neck.parameters())
-    shapes = ", ".join(" x ".join(map(str, x.shape[1:])) for x in out)
-    return f"{parameters / 1e6:.2f} M", f"{counter.get_total_flops() / 2e9:.2f} G", shapes
+    with torch.no_grad():
+        shapes = ", ".join(" x ".join(map(str, x.shape[1:])) for x in neck(maps))
+    return f"{count_parameters(neck) / 1e6:.2f} M", f"{count_flops(neck, maps) / 2e9:.2f} G", shapes
 
 
 def build(way: str, in_channels: list[int], width: int) -> Neck:
