@@ -13,10 +13,10 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import foveal
+from foveal.analysis import count_flops, count_parameters
 from foveal.blocks import AggregatedAttention, ConvGLU
 from foveal.blocks.layouts import attn_layer, mlp_layer, token_mixer
 
@@ -98,13 +98,11 @@ flat = timm.create_model("vit_small_patch16_224", attn_layer=mixer, class_token=
 
 def measure(model: nn.Module, size: int) -> tuple[int, int]:
     """Parameters, and multiply-adds of one image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, size, size, device="meta"))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    return count_parameters(model), count_flops(model, torch.empty(1, 3, size, size, device="meta")) // 2
 
 
 def row(host: str, name: str, line: str) -> str:
-    model = timm.create_model(name, device="meta").eval()
+    model = timm.create_model(name, device="meta")
     size = model.pretrained_cfg["input_size"][-1]
     before = measure(model, size)
     exec(line, NAMES | {"model": model})

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from foveal.analysis import complexity, count_flops, count_multiply_adds
+from foveal.analysis import complexity, count_flops, count_multiply_adds, count_parameters
 from foveal.blocks import (
     GLU,
     AggregatedAttention,
@@ -191,7 +191,7 @@ def matches(value: float, printed: str) -> bool:
 def measure(row: Row) -> dict:
     """A row's figures, the paper's, and what to say of them."""
     model = row.build()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(model)
     flops = count_multiply_adds(model, torch.empty(1, 3, row.size, row.size, device="meta"))
     pairs = {"parameters": (parameters / 1e6, row.parameters), "FLOPs": (flops / 1e9, row.flops)}
     differing = [name for name, (ours, printed) in pairs.items() if not matches(ours, printed)]

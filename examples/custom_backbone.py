@@ -12,8 +12,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from common.arguments import image_size
+from foveal.analysis import count_flops, count_parameters, profile_blocks
 from foveal.blocks import AggregatedAttention, ConvGLU, LengthScaledCosineAttention
 from foveal.models import Backbone, Stage
 from foveal.ops import window_scores, window_sum
@@ -65,50 +66,36 @@ def build(num_classes: int = 1000) -> Backbone:
     )
 
 
-def flops_by_module(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """The FLOPs of a forward pass for each module's name, as torch counts them: a multiply-add is two."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(images)
-    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-
-
 def summarize(model: Backbone, sizes: list[tuple[int, int]]) -> str:
     """A table with a line for each stage, the head and the whole model."""
     images = [torch.randn(1, model.in_chans, *size) for size in sizes]
     with torch.inference_mode():
         maps = [model.forward_intermediates(image, intermediates_only=True) for image in images]
-    flops = flops_by_module(model, images[0])
+    *stages, head = profile_blocks(model, images[0], [*(f"stages.{i}" for i in range(len(model.stages))), "head"])
     shapes = [[" x ".join(map(str, features.shape[1:])) for features in stage] for stage in zip(*maps, strict=True)]
 
     rows = [("part", "mixers", "parameters", f"MFLOP at {by(sizes[0])}", *(f"map of {by(size)}" for size in sizes))]
     for i, stage in enumerate(model.stages):
         mixers = list(dict.fromkeys(type(block.mixer).__name__ for block in stage.blocks))
-        rows.append((f"stage {i}", " + ".join(mixers), *cost(stage, flops, f"Backbone.stages.{i}"), *shapes[i]))
-    rows.append(("head", "", *cost(model.head, flops, "Backbone.head"), *["-"] * len(sizes)))
-    rows.append(("all", "", *cost(model, flops, "Backbone"), *["-"] * len(sizes)))
+        rows.append((f"stage {i}", " + ".join(mixers), *numbers(stages[i].parameters, stages[i].flops), *shapes[i]))
+    rows.append(("head", "", *numbers(head.parameters, head.flops), *["-"] * len(sizes)))
+    rows.append(("all", "", *numbers(count_parameters(model), count_flops(model, images[0])), *["-"] * len(sizes)))
 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        names, numbers = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
-        lines.append("  ".join([f"{x:<{width}}" for x, width in names] + [f"{x:>{width}}" for x, width in numbers]))
+        left, right = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
+        lines.append("  ".join([f"{x:<{width}}" for x, width in left] + [f"{x:>{width}}" for x, width in right]))
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
 
-def cost(module: nn.Module, flops: dict[str, int], name: str) -> tuple[str, str]:
-    return f"{sum(p.numel() for p in module.parameters()):,}", f"{flops[name] / 1e6:,.1f}"
+def numbers(parameters: int, flops: int) -> tuple[str, str]:
+    return f"{parameters:,}", f"{flops / 1e6:,.1f}"
 
 
 def by(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def image_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 224x224, got {text!r}")
-    return int(height), int(width)
 
 
 def main(argv: list[str] | None = None) -> None:

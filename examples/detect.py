@@ -14,7 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import timm
+from common.refusals import refuse, refuse_missing
+
+if __name__ == "__main__":
+    refuse_missing("--weights", "--backbone-weights")
+
 import torch
 from safetensors.torch import load_model, save_model
 from timm.scheduler import CosineLRScheduler
@@ -23,11 +27,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from common.arguments import add_device, add_import, at_least, check_device
+from common.models import check_model, import_modules, weights_of
 from detection.data import collate, open_coco, prepared, to_device
-from detection.detector import build_detector, parameter_groups
-from detection.errors import refuse
+from detection.detector import build_detector, check_pyramid, parameter_groups
 from detection.results import average_precision, detect, draw_predictions
 from detection.shapes import draw_shapes
+from foveal.analysis import count_parameters
 
 
 def train(detector: nn.Module, dataset: Dataset, args: argparse.Namespace) -> None:
@@ -58,20 +64,15 @@ def train(detector: nn.Module, dataset: Dataset, args: argparse.Namespace) -> No
                 bar.update()
 
 
-def at_least(lowest: int):
-    def number(text: str) -> int:
-        if (value := int(text)) < lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {value}")
-        return value
-
-    return number
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--detector", choices=("maskrcnn", "retinanet"), default="maskrcnn", help="default: %(default)s")
-    add("--model", default="transnext_micro", help="a TransNeXt of timm's; default: %(default)s, shallow for shapes")
+    add(
+        "--model",
+        default="transnext_micro",
+        help="a TransNeXt (shallow for shapes) or a Backbone; default: %(default)s",
+    )
     add("--coco", type=Path, metavar="FOLDER", help="a COCO data set; default: shapes that are drawn for the run")
     add("--backbone-weights", type=Path, metavar="FILE", help="a classifier's or a detector's, .pth or .safetensors")
     add("--weights", type=Path, metavar="FILE", help="a model.safetensors of this example, to start from")
@@ -87,17 +88,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--interpolate-bias", action="store_true", help="resample the position bias made for --size, not extrapolate")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--workers", type=at_least(0), help="processes that load images; default: 0 for shapes, else 4")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_import(parser)
+    add_device(parser)
     add("--output", type=Path, metavar="FOLDER", help="default: a new folder runs/detect, runs/detect-1, ...")
     args = parser.parse_args(argv)
-    if not timm.models.is_model_in_modules(args.model, ["transnext"]):
-        refuse("--model", f"must be a TransNeXt ({', '.join(timm.list_models('transnext*'))}), got {args.model}")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        refuse("--device", str(error).partition("\n")[0])
-    if args.weights and not args.weights.is_file():
-        refuse("--weights", f"there is no file {args.weights}")
+    import_modules(args)
+    check_model(args.model)
+    check_pyramid(args.model)
+    check_device(args.device)
     defaults = {"size": 800, "epochs": 12, "lr": 1e-4, "workers": 4}
     if not args.coco:
         defaults = {"size": 128, "epochs": 8, "lr": 1e-3, "workers": 0}
@@ -122,12 +120,10 @@ def main(argv: list[str] | None = None) -> None:
         refuse("--batch-size", f"must be at most the number of training images, {len(training)}")
     detector = build_detector(args, num_classes=max(train_set.coco.getCatIds()) + 1).to(args.device)
     if args.weights:
-        try:
+        with weights_of(args.weights, "this detector", "--weights"):
             load_model(detector, args.weights)
-        except Exception as error:
-            refuse("--weights", f"{args.weights} holds no weights of this detector ({type(error).__name__}: {error})")
     args.output.mkdir(parents=True, exist_ok=True)
-    size = sum(parameter.numel() for parameter in detector.parameters())
+    size = count_parameters(detector)
     print(f"{args.detector} over {args.model}, {size:,} parameters, {len(training)} images, into {args.output}")
     try:
         if args.epochs:

@@ -19,20 +19,25 @@ out, from 384 on the whole image is squashed to the square; images of ImageNet-C
 
 import argparse
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any
 
-import timm
+from common.refusals import refuse, refuse_missing
+
+if __name__ == "__main__":
+    refuse_missing("--checkpoint", named=True)
+
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from common.arguments import add_device, add_import, check_device, positive
+from common.interrupts import ignore_interrupts
+from common.models import check_model, import_modules
 from evaluation.cost import machine, paired_times, peak_memory
 from evaluation.imagenet import DATA, ClassFolders, classes_of, folders_of, transform_for
 from evaluation.models import OPTIONS, build, has_options
@@ -40,11 +45,6 @@ from evaluation.results import Results, draw, panels, print_table
 
 TABLE_5 = (224, 256, 288, 320, 384, 448, 512, 640)
 COSTS = ("latency", "memory")
-
-
-def ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches worker processes too; only the main one shall act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluate(args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
@@ -60,7 +60,8 @@ def evaluate(args: argparse.Namespace, results: Results) -> list[dict[str, Any]]
                     row = results.row(**key, dtype=args.dtype, size=size)
                     rows.append(row)
                     if row.get("images") is None or row["images"] < row["of"]:
-                        model = model or load(spec, size, len(images.known) if data == "folder" else 1000, args)
+                        classes = len(images.known) if data == "folder" else 1000
+                        model = model or build(spec, size, classes, args.weights[spec], args.dtype, args.device)
                         images.transform = transform_for(model, data, size)
                         evaluate_row(row, model, images, args, results)
     return rows
@@ -72,17 +73,6 @@ def open_data(data: str, root: Path) -> dict[str, ClassFolders]:
         return {name: ClassFolders(folder, classes) for name, folder in folders.items()}
     except (FileNotFoundError, ValueError) as error:
         refuse("--data", error)
-
-
-def load(spec: str, size: int, num_classes: int, args: argparse.Namespace) -> nn.Module:
-    try:
-        return build(spec, size, num_classes, args.weights[spec], args.dtype, args.device)
-    except Exception as error:  # no hub, no such file, no weights of this model
-        brief = f"{type(error).__name__}: {shorten(str(error), 300)}"
-        refuse(
-            "--models",
-            f"no weights of {spec} from {args.weights[spec]}; see --checkpoint and --random-weights ({brief})",
-        )
 
 
 def evaluate_row(
@@ -133,20 +123,9 @@ def measure_costs(args: argparse.Namespace, results: Results) -> list[dict[str, 
             results.save()
         for spec, row in here.items():
             if "memory" in args.cost and "peak_bytes" not in row:
-                row["peak_bytes"] = peak_memory(builds[spec], images)
+                row["peak_bytes"] = peak_memory(builds[spec], images, prepare=partial(import_modules, args))
                 results.save()
     return rows
-
-
-def refuse(argument: str, problem: object) -> NoReturn:
-    print(f"evaluate.py: error: argument {argument}: {problem}", file=sys.stderr)
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def assigned(text: str) -> tuple[str, str]:
@@ -174,14 +153,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="processes that load images; default: %(default)s",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_import(parser)
+    add_device(parser)
     add("--output", type=Path, default=Path("runs/evaluate"), metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
+    import_modules(args)
 
     for spec in args.models:
         name, _, options = spec.partition(":")
-        if not timm.is_model(name):
-            refuse("--models", f"timm knows no model {name!r}; timm.list_models() names those it does")
+        check_model(name, "--models")
         for option in filter(None, options.split(",")):
             if option not in OPTIONS:
                 refuse("--models", f"the options are {', '.join(OPTIONS)}, got {option!r}")
@@ -201,10 +181,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.weights = {spec: files.get(spec.partition(":")[0], otherwise) for spec in args.models}
     args.sizes = sorted(set(args.sizes))
     args.cost = [] if args.cost is None else args.cost or COSTS
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        refuse("--device", str(error).partition("\n")[0])
+    check_device(args.device)
     return args
 
 

@@ -10,23 +10,24 @@ machine's CPU or GPU (it needs a C++ compiler), also for C++; onnx a file for ON
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from textwrap import shorten
-from typing import NoReturn
 
-import timm
+from common.refusals import refuse, refuse_missing
+
+if __name__ == "__main__":
+    refuse_missing("--checkpoint")
+
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
-from foveal.models import Backbone
-from foveal.models.checkpoints import checkpoint_filter_fn, load_file
+from common.arguments import add_device, add_import, check_device, positive
+from common.models import import_modules, load_model
 
 Runner = Callable[[Tensor], list[Tensor]]
 
@@ -53,34 +54,6 @@ class Maps(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.model.forward_intermediates(images, intermediates_only=True)
-
-
-def refuse(argument: str, problem: str) -> NoReturn:
-    print(f"export.py: error: argument {argument}: {problem}", file=sys.stderr)
-    sys.exit(2)
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {shorten(str(error), 200)}"
-
-
-def load_model(args: argparse.Namespace) -> nn.Module:
-    if not timm.is_model(args.model):
-        refuse("--model", f"timm knows no model {args.model!r}; timm.list_models() names those it does")
-    if args.random_weights or args.checkpoint:
-        model = timm.create_model(args.model)
-    else:
-        try:
-            return timm.create_model(args.model, pretrained=True)
-        except Exception as error:  # of whatever stands between us and the hub
-            refuse("--model", f"no weights from the hub; pass --checkpoint or --random-weights ({brief(error)})")
-    if args.checkpoint:
-        try:
-            weights = load_file(args.checkpoint)
-            model.load_state_dict(checkpoint_filter_fn(weights, model) if isinstance(model, Backbone) else weights)
-        except Exception as error:  # no such file, no checkpoint, or that of another model
-            refuse("--checkpoint", f"{args.checkpoint} holds no weights of {args.model} ({brief(error)})")
-    return model
 
 
 def export(net: nn.Module, images: Tensor, dynamic: str) -> ExportedProgram:
@@ -139,12 +112,6 @@ def paired_times(runners: list[Runner], images: Tensor, rounds: int) -> list[flo
     return [median(spent) for spent in times]
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -163,24 +130,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--size", nargs="+", type=positive, metavar="PIXELS", help="height and width; default: the model's")
     add("--batch-size", type=positive, default=2, help="of the images to export and time with; default: %(default)s")
     add("--rounds", type=positive, default=10, help="of the timing; default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_import(parser)
+    add_device(parser)
     add("--output", type=Path, default=Path("exports"), metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
         refuse("--size", f"expected one or two numbers, got {len(args.size)}")
     if args.dynamic != "none" and args.batch_size == 1:
         refuse("--batch-size", "must be at least 2 where the batch is left open: torch.export takes a 1 for fixed")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        refuse("--device", brief(error))
+    check_device(args.device)
     return args
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    model = load_model(args).eval().to(args.device)
+    import_modules(args)
+    model = load_model(args.model, args.checkpoint, args.random_weights).eval().to(args.device)
     height, width = (args.size * 2)[:2] if args.size else resolve_model_data_config(model)["input_size"][1:]
     images = torch.randn(args.batch_size, 3, height, width, device=args.device)
     net = (Maps if args.features else Logits)(model)

@@ -12,26 +12,29 @@ unless --random-weights asks for all.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
-from textwrap import shorten
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
+
+from common.refusals import brief, refuse, refuse_missing
+
+if __name__ == "__main__":
+    refuse_missing("--checkpoint", "--digits")
 
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
-from sklearn.datasets import load_digits, load_sample_image
-from sklearn.model_selection import train_test_split
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from timm.data import resolve_model_data_config
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from common.arguments import add_device, add_import, check_device, positive
+from common.images import find_images, read_image
+from common.models import check_model, import_modules, load_model, load_weights, sized
 from foveal import analysis
-from foveal.blocks import AggregatedAttention, ConvGLU, LengthScaledCosineAttention
-from foveal.models import Backbone, Stage
-from foveal.models.checkpoints import checkpoint_filter_fn, load_file
+from training.digits import Digits
+from training.model import small_backbone
 
 PICTURES = ("attention", "fields", "profile")
 QUERIES = [(0.45, 0.45), (0.75, 0.2), (0.0, 0.99)]  # the last in a corner, where the window is cut
@@ -47,65 +50,26 @@ class Subject(NamedTuple):
     normalize: v2.Normalize
 
 
-def digits_backbone() -> Backbone:
-    """As examples/train.py declares it."""
-    stages = [
-        Stage(dim=48, depth=2, mixer=partial(AggregatedAttention, num_heads=2, pool_ratio=4), mlp=ConvGLU),
-        Stage(dim=96, depth=2, mixer=partial(AggregatedAttention, num_heads=4, pool_ratio=2), mlp=ConvGLU),
-        Stage(dim=192, depth=2, mixer=partial(LengthScaledCosineAttention, num_heads=8), mlp=ConvGLU),
-    ]
-    return Backbone(stages, in_chans=1, num_classes=10, pretrain_size=DIGITS_SIZE)
-
-
-def load_weights(model: nn.Module, name: str, checkpoint: Path, argument: str) -> None:
-    try:
-        weights = load_file(checkpoint)
-        model.load_state_dict(checkpoint_filter_fn(weights, model) if isinstance(model, Backbone) else weights)
-    except Exception as error:  # no such file, no checkpoint, or that of another model
-        refuse(argument, f"{checkpoint} holds no weights of {name} ({brief(error)})")
-
-
 def open_model(name: str, argument: str, args: argparse.Namespace, checkpoint: Path | None = None) -> Subject:
     """A model of timm's, with the weights of a checkpoint, of the hub, or none."""
-    if not timm.is_model(name):
-        refuse(argument, f"timm knows no model {name!r}; timm.list_models() names those it does")
-    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
-    kwargs = {"img_size": args.size} if args.size and fixed else {}
-    trained = not args.random_weights
-    try:
-        model = timm.create_model(name, pretrained=trained and checkpoint is None, **kwargs)
-    except Exception as error:  # of whatever stands between us and the hub
-        if args.random_weights or checkpoint:
-            raise
-        print(f"No weights of {name} from the hub ({brief(error)}).", file=sys.stderr)
-        model, trained = timm.create_model(name, **kwargs), False
-    if checkpoint:
-        load_weights(model, name, checkpoint, "--checkpoint")
+    check_model(name, argument)
+    kwargs, trained = sized(name, args.size), not args.random_weights
+    if args.random_weights or checkpoint:
+        model = load_model(name, checkpoint, args.random_weights, argument, **kwargs)
+    else:
+        try:
+            model = timm.create_model(name, pretrained=True, **kwargs)
+        except Exception as error:  # of whatever stands between us and the hub
+            print(f"No weights of {name} from the hub ({brief(error)}).", file=sys.stderr)
+            model, trained = timm.create_model(name, **kwargs), False
     config = resolve_model_data_config(model)
     return Subject(name, model.eval().to(args.device), trained, v2.Normalize(config["mean"], config["std"]))
-
-
-def held_out_digits(size: int) -> Tensor:
-    """Those that examples/train.py does not train on, in [0, 1]: ``(N, 1, size, size)``."""
-    images, labels = load_digits(return_X_y=True)
-    images = train_test_split(images, test_size=0.2, stratify=labels, random_state=0)[1]
-    small = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    return nn.functional.interpolate(small, size=(size, size), mode="bilinear")
 
 
 def open_images(path: Path | None) -> dict[str, Image.Image]:
     if path is None:
         return {"china.jpg": Image.fromarray(load_sample_image("china.jpg"))}
-    if not path.exists():
-        refuse("images", f"no file or folder {path}")
-    extensions = get_img_extensions(as_set=True)
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions)
-    if not paths:
-        refuse("images", f"no image in the folder {path}")
-    try:
-        return {path.name: Image.open(path).convert("RGB") for path in paths[:64]}
-    except (UnidentifiedImageError, OSError) as error:
-        refuse("images", f"cannot read {path}: {error}")
+    return {file.name: read_image(file) for file in find_images(path)[:64]}
 
 
 def prepare(images: dict[str, Image.Image], size: int, crops: int) -> tuple[Tensor, Tensor]:
@@ -167,21 +131,6 @@ def describe(subject: Subject) -> str:
     return subject.name if subject.trained else f"{subject.name}, untrained"
 
 
-def refuse(argument: str, problem: str) -> NoReturn:
-    print(f"look.py: error: argument {argument}: {problem}", file=sys.stderr)
-    sys.exit(2)
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {shorten(str(error), 200)}"
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def fraction(text: str) -> float:
     if not 0 <= (number := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, got {text}")
@@ -204,27 +153,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--heads", nargs="+", type=int, metavar="HEAD", help="heads, a row each; default: the average of all")
     add("--size", type=positive, help="side of the images in pixels; default: the model's own")
     add("--crops", type=positive, default=32, help="of the images, for the receptive fields; default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_import(parser)
+    add_device(parser)
     add("--output", type=Path, default=Path("runs/look"), metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.digits and (args.images or args.beside):
         refuse("--digits", "looks at digits, and takes neither images nor models beside")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        refuse("--device", brief(error))
+    check_device(args.device)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(0)
+    import_modules(args)
     if args.digits:
-        model = digits_backbone()
-        load_weights(model, "the backbone of examples/train.py", args.digits, "--digits")
-        subject = Subject("digits", model.eval().to(args.device), True, v2.Normalize([0.305], [0.376]))
-        images = held_out_digits(args.size or DIGITS_SIZE)
-        image, crops = images[0], images[: args.crops]
+        model = small_backbone(DIGITS_SIZE, num_classes=10, in_chans=1)
+        digits = Digits("test", args.size or DIGITS_SIZE)
+        load_weights(model, args.digits, "the backbone of examples/train.py", "--digits")
+        subject = Subject("digits", model.eval().to(args.device), True, digits.transform)
+        image, crops = digits.images[0], digits.images[: args.crops]
     else:
         photographs = open_images(args.images)
         subject = open_model(args.model, "--model", args, args.checkpoint)

@@ -10,7 +10,6 @@ finished is kept: after Ctrl-C the same command goes on. OUTPUT.json gets the nu
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -20,7 +19,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -29,11 +28,14 @@ from sklearn.model_selection import train_test_split
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import InterpolationMode, RandomAffine
 from tqdm import tqdm
 
 import foveal
+from common.arguments import positive
+from common.files import write_text
+from common.refusals import refuse
+from foveal.analysis import count_flops, count_parameters
 from foveal.blocks import (
     GLU,
     ConvFFN,
@@ -152,11 +154,9 @@ def train(step: Step, seed: int, settings: dict[str, Any], bar: tqdm) -> float:
 
 
 def cost(step: Step, img_size: int) -> tuple[int, int]:
-    """Parameters, and the multiply-adds of an image: half of what torch's counter counts."""
-    model = build(step, img_size).eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 1, img_size, img_size))
-    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+    """Parameters, and the multiply-adds of an image."""
+    model = build(step, img_size)
+    return count_parameters(model), count_flops(model, torch.zeros(1, 1, img_size, img_size)) // 2
 
 
 def made_with() -> dict[str, str]:
@@ -295,24 +295,6 @@ def open_report(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file. The old one stays until the new one is whole."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
-def refuse(argument: str, problem: str) -> NoReturn:
-    print(f"roadmap.py: error: argument {argument}: {problem}", file=sys.stderr)
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -336,13 +318,13 @@ def main(argv: list[str] | None = None) -> int:
     report = open_report(path, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        complete(report, args.seeds, lambda: write_whole(path, json.dumps(report, indent=1) + "\n"))
+        complete(report, args.seeds, lambda: write_text(path, json.dumps(report, indent=1) + "\n"))
     except KeyboardInterrupt:
         print(f"Stopped. {len(report['runs'])} finished runs are in {path}; the same command goes on.")
         return 130
     command = shlex.join(["python", "examples/roadmap.py", *(sys.argv[1:] if argv is None else argv)])
     text = page(report, args.seeds, command, path.name)
-    write_whole(path.with_suffix(".md"), text)
+    write_text(path.with_suffix(".md"), text)
     print(text.partition("\n## ")[0])
     print(f"Written to {path} and {path.with_suffix('.md')}")
     return 0

@@ -17,13 +17,18 @@ weights: to the bit on the CPU, on a GPU as far as its kernels repeat themselves
 
 import sys
 
+from common.refusals import refuse, refuse_missing
+
+if __name__ == "__main__":
+    refuse_missing("--weights")
+
 import torch
 from timm.utils import random_seed
 
+from foveal.analysis import count_parameters
 from training.arguments import NOT_SETTINGS, parse_args
 from training.checkpoint import Run
 from training.data import open_data
-from training.errors import refuse
 from training.interrupt import Interrupt, Stopped
 from training.log import Log
 from training.loop import Training
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse("--batch-size", f"must be at most the number of training images, {len(data.train)}")
     random_seed(args.seed)
     model = build_model(args, data.num_classes, data.in_chans, weights=not checkpoint).to(args.device)
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = count_parameters(model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     network = distribute(model, args.engine, args.compile)

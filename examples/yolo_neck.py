@@ -13,9 +13,10 @@ from functools import partial
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import foveal
+from common.arguments import image_size
+from foveal.analysis import count_flops, count_parameters
 from foveal.blocks import AggregatedAttention, ConvGLU
 from foveal.blocks.layouts import ChannelsFirst
 
@@ -92,11 +93,9 @@ WAYS = {
 
 
 def describe(neck: Neck, maps: list[Tensor]) -> tuple[str, str, str]:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        out = neck(maps)
-    parameters = sum(p.numel() for p in neck.parameters())
-    shapes = ", ".join(" x ".join(map(str, x.shape[1:])) for x in out)
-    return f"{parameters / 1e6:.2f} M", f"{counter.get_total_flops() / 2e9:.2f} G", shapes
+    with torch.no_grad():
+        shapes = ", ".join(" x ".join(map(str, x.shape[1:])) for x in neck(maps))
+    return f"{count_parameters(neck) / 1e6:.2f} M", f"{count_flops(neck, maps) / 2e9:.2f} G", shapes
 
 
 def build(way: str, in_channels: list[int], width: int) -> Neck:
@@ -104,13 +103,6 @@ def build(way: str, in_channels: list[int], width: int) -> Neck:
     if WAYS[way]:
         foveal.swap(neck, WAYS[way], adapter=ChannelsFirst)
     return neck.eval()
-
-
-def image_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 320x416, got {text!r}")
-    return int(height), int(width)
 
 
 def neck_width(text: str) -> int:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from detection.errors import refuse
+from common.refusals import refuse
 
 
 def open_coco(root: Path, split: str) -> CocoDetection:

@@ -2,10 +2,11 @@
 
 import argparse
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.models import is_model_in_modules
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import freeze
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from detection.errors import refuse
-from foveal.models.checkpoints import checkpoint_filter_fn, load_file
+from common.models import load_weights
+from common.refusals import refuse
+from foveal.models import Backbone
 
 
 class PyramidBackbone(nn.Module):
@@ -47,16 +49,27 @@ class PyramidBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), x) for i, x in enumerate(self.body(images))))
 
 
+def check_pyramid(name: str) -> None:
+    """Refuse a model that is no Backbone of four stages."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if not isinstance(model, Backbone) or len(model.stages) != 4:
+        variants = ", ".join(timm.list_models("transnext*"))
+        refuse("--model", f"must be a TransNeXt ({variants}) or a Backbone of four stages, got {name}")
+
+
 def build_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
     indices = (0, 1, 2, 3) if args.detector == "maskrcnn" else (1, 2, 3)
     kwargs: dict[str, Any] = {"features_only": True, "out_indices": indices, "drop_path_rate": args.drop_path}
     if not args.coco:
-        kwargs |= {"depths": (1, 1, 2, 1), "pretrain_size": args.size}  # shapes are easy
+        kwargs["pretrain_size"] = args.size
+        if is_model_in_modules(args.model, ["transnext"]):
+            kwargs["depths"] = (1, 1, 2, 1)  # shapes are easy
     if args.interpolate_bias:
         kwargs |= {"bias_resampling": "interpolate", "img_size": args.size}
     features = timm.create_model(args.model, **kwargs)
     if args.backbone_weights:
-        load_backbone(features.model, args.backbone_weights)
+        load_weights(features.model, args.backbone_weights, "this backbone", "--backbone-weights", choose=without_head)
     if args.grad_checkpointing:
         features.model.set_grad_checkpointing()
     channels = 256 if args.coco else 64
@@ -74,13 +87,8 @@ def build_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return detector
 
 
-def load_backbone(model: nn.Module, path: Path) -> None:
-    """Weights of a classifier, or the ``backbone.*`` part of a detector's, in foveal's or the official layout."""
-    try:
-        weights = checkpoint_filter_fn(load_file(path), model)
-        model.load_state_dict({name: value for name, value in weights.items() if not name.startswith("head.")})
-    except Exception as error:  # no such file, no checkpoint, or that of another model
-        refuse("--backbone-weights", f"{path} holds no weights of this backbone ({type(error).__name__}: {error})")
+def without_head(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith("head.")}
 
 
 def parameter_groups(detector: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

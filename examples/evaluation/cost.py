@@ -57,15 +57,16 @@ def _synchronize(images: Tensor) -> None:
         torch.accelerator.synchronize()
 
 
-def peak_memory(build: Callable[[], nn.Module], images: Tensor) -> int | None:
+def peak_memory(build: Callable[[], nn.Module], images: Tensor, prepare: Callable[[], None]) -> int | None:
     """Bytes that a forward pass takes at its peak, above model and images; None where nothing can tell.
 
-    It runs in a fresh process, for on the CPU memory once used is not always given back. ``build`` must be picklable.
+    It runs in a fresh process, for on the CPU memory once used is not always given back. There ``prepare`` runs first,
+    and then ``build``; both must be picklable.
     """
     if images.device.type == "cpu" and not CLEAR.exists():
         return None
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=prepare) as process:
         return process.submit(_peak_memory, build, images.shape, images.dtype, str(images.device)).result()
 
 

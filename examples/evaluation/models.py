@@ -6,9 +6,9 @@ import timm
 import torch
 from torch import nn
 
+from common.models import load_model, sized
+from common.refusals import refuse
 from foveal.blocks import LengthScaledCosineAttention, PixelFocusedAttention
-from foveal.models import Backbone
-from foveal.models.checkpoints import checkpoint_filter_fn, load_file
 
 
 def linear(mixer: nn.Module) -> None:
@@ -48,16 +48,14 @@ def has_options(name: str) -> bool:
 def build(spec: str, size: int, num_classes: int, weights: str, dtype: str, device: str) -> nn.Module:
     """A model by its name and options, in eval mode. ``weights`` is "hub", "random" or a file."""
     name, _, options = spec.partition(":")
-    published = timm.get_pretrained_cfg(name).num_classes
-    if weights == "hub" and num_classes != published:
-        raise ValueError(f"the published weights know {published} classes and the folder has {num_classes}")
-    # A model of one size gets its position embedding resampled to this one.
-    fixed = {"img_size": size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
+    published = timm.get_pretrained_cfg(name)
+    if weights == "hub" and published and num_classes != published.num_classes:
+        problem = f"the published weights know {published.num_classes} classes and the folder has {num_classes}"
+        refuse("--models", f"{problem}; pass --checkpoint")
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=weights == "hub", num_classes=num_classes, **fixed)
-    if weights not in ("hub", "random"):
-        state = load_file(weights)
-        model.load_state_dict(checkpoint_filter_fn(state, model) if isinstance(model, Backbone) else state)
+    file = None if weights in ("hub", "random") else weights
+    kwargs = {"num_classes": num_classes, **sized(name, size)}
+    model = load_model(name, file, weights == "random", "--models", **kwargs)
     mixers = [m for m in model.modules() if isinstance(m, PixelFocusedAttention | LengthScaledCosineAttention)]
     for option in filter(None, options.split(",")):
         for mixer in mixers:

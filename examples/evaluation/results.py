@@ -1,7 +1,6 @@
 """What evaluate.py has measured so far: kept in a file, printed as tables, drawn over image sizes."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from common.files import write_text
+from common.refusals import brief, refuse
 from evaluation.imagenet import mean_corruption_error
 
 Row = dict[str, Any]
@@ -28,7 +29,10 @@ class Results:
 
     def __init__(self, folder: Path):
         self.path = folder / "results.json"
-        self.rows: list[Row] = json.loads(self.path.read_text()) if self.path.exists() else []
+        try:
+            self.rows: list[Row] = json.loads(self.path.read_text()) if self.path.exists() else []
+        except ValueError as error:
+            refuse("--output", f"{self.path} holds no results ({brief(error)})")
         self.saved = time.monotonic()
 
     def row(self, **key: Any) -> Row:
@@ -40,9 +44,7 @@ class Results:
     def save(self) -> None:
         """The old file stays whole until the new one is."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.rows, indent=1) + "\n")
-        os.replace(unfinished, self.path)
+        write_text(self.path, json.dumps(self.rows, indent=1) + "\n")
         self.saved = time.monotonic()
 
     def save_now_and_then(self) -> None:

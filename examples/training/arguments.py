@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.utils import get_outdir
 
+from common.arguments import add_device, add_import, check_device, positive
+from common.models import check_model, import_modules
+from common.refusals import brief, refuse
 from training.data import SPLITS
-from training.errors import refuse
 from training.processes import from_first, own_device, world_size
 from training.recipes import RECIPES
 
@@ -20,12 +21,6 @@ NOT_SETTINGS = (
     *("device", "engine", "compile", "grad_checkpointing", "workers"),
     *("output", "resume", "log_every", "save_every", "tensorboard"),
 )
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def option(name: str) -> str:
@@ -72,6 +67,7 @@ def full_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", metavar="NAME", help="a model of timm's; default: the small backbone declared in training/model.py")
+    add_import(parser)
     add(
         "--weights",
         metavar="FILE",
@@ -113,7 +109,7 @@ def full_parser(description: str | None) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile")
     add("--engine", choices=("ddp", "fsdp2"), default="ddp", help="of several processes; default: %(default)s")
     add("--workers", type=int, help="processes that load images; default: 0 for digits, else 4")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_device(parser)
     add("--log-every", type=positive, help="steps from a log line to the next; default: 1 on a CPU, else 20")
     add("--save-every", type=positive, help="steps from a checkpoint to the next; default: only after each epoch")
     add("--tensorboard", action="store_true", help="write the log for TensorBoard too")
@@ -137,6 +133,7 @@ def parse_args(argv: list[str] | None, description: str | None = None) -> tuple[
     args = parser.parse_args(argv)
     if checkpoint:
         same_settings(args, {**checkpoint["settings"], "output": first.resume})
+    import_modules(args)
     settle_data(args)
     settle_recipe(args)
     settle_machine(args)
@@ -150,6 +147,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         return torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         refuse("--resume", f"{folder} holds no checkpoint.pt")
+    except Exception as error:  # cut off, or something else
+        refuse("--resume", f"{folder / 'checkpoint.pt'} is no checkpoint of a run ({brief(error)})")
 
 
 def same_settings(args: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -178,8 +177,8 @@ def settle_data(args: argparse.Namespace) -> None:
 
 
 def settle_recipe(args: argparse.Namespace) -> None:
-    if args.model and not timm.is_model(args.model):
-        refuse("--model", f"timm knows no model {args.model!r}; timm.list_models() names those it does")
+    if args.model:
+        check_model(args.model)
     if args.weights and not args.model:
         refuse("--weights", f"needs a --model that they belong to, got {args.weights}")
     if isinstance(args.drop_path, dict):
@@ -193,11 +192,7 @@ def settle_recipe(args: argparse.Namespace) -> None:
 
 
 def settle_machine(args: argparse.Namespace) -> None:
-    try:
-        args.device = own_device(args.device)
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        refuse("--device", str(error).partition("\n")[0])
+    args.device = check_device(args.device, own_device)
     args.log_every = args.log_every or (1 if args.device.type == "cpu" else 20)
     args.workers = (0 if args.data == ["digits"] else 4) if args.workers is None else args.workers
     args.micro_batch = args.micro_batch or max(1, args.batch_size // world_size())

@@ -1,10 +1,8 @@
 """All that a run has reached, on disk: one file, the same for one process, for copies (DDP) and for shards (FSDP2)."""
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from common.files import write_whole
 from training.processes import rank
 
 
@@ -57,17 +56,3 @@ class Run:
     def weights(self) -> dict[str, Tensor]:
         """The model's whole state dict, in the first process. All processes must call."""
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file that is never seen half written, not even after a power cut."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    if os.name == "posix":  # the new name must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)

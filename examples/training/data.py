@@ -12,9 +12,9 @@ from timm.utils import random_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from common.interrupts import ignore_interrupts
+from common.refusals import refuse
 from training.digits import Digits
-from training.errors import refuse
-from training.interrupt import ignore_interrupts
 from training.processes import rank, world_size
 from training.shards import ShardReader
 

@@ -27,9 +27,3 @@ class Interrupt:
         """Stop all processes where one was asked to."""
         if any_of(self.asked):
             raise Stopped
-
-
-def ignore_interrupts(_: int) -> None:
-    """Both signals reach worker processes too; only the main one shall act on them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from training.checkpoint import Run, write_whole
+from common.files import write_text
+from training.checkpoint import Run
 from training.processes import rank
 
 
@@ -16,7 +17,7 @@ class Log:
             return
         path = folder / "log.jsonl"
         kept = [line for line in read_lines(path) if before(run, line)]
-        write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -10,12 +10,12 @@ from timm.models import is_model_in_modules
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
+from common.models import load_weights, sized
+from common.refusals import brief, refuse
 from foveal.blocks import AggregatedAttention, ConvGLU, LengthScaledCosineAttention
 from foveal.models import Backbone, Stage
-from foveal.models.checkpoints import checkpoint_filter_fn, load_file
-from training.errors import refuse
 
 
 def small_backbone(img_size: int, **kwargs) -> Backbone:
@@ -41,33 +41,29 @@ def build_model(args: Namespace, num_classes: int, in_chans: int, weights: bool 
         return small_backbone(pretrain_size, **kwargs)
     if is_model_in_modules(args.model, ["transnext"]):
         kwargs["pretrain_size"] = pretrain_size
-    elif getattr(timm.get_pretrained_cfg(args.model), "fixed_input_size", False):
-        kwargs["img_size"] = args.img_size
+    else:
+        kwargs |= sized(args.model, args.img_size)
     source = args.weights if weights else None
     try:
         model = timm.create_model(args.model, pretrained=source == "hub", **kwargs)
-        if source not in (None, "hub"):
-            load_weights(model, source)
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
         refuse("--drop-path", f"{args.model} has no stochastic depth; pass --drop-path 0")
-    except Exception as error:  # no such file, no network, or weights of another model
-        if not source:
+    except Exception as error:  # of whatever stands between us and the hub
+        if source != "hub":
             raise
-        refuse("--weights", f"no weights of {args.model} in {source} ({type(error).__name__}: {error})")
+        refuse("--weights", f"no weights of {args.model} in {source} ({brief(error)})")
+    if source not in (None, "hub"):
+        load_weights(model, source, args.model, "--weights", choose=own_head_for_other_classes)
     return model
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a file's weights. A classifier for another number of classes stays as it is."""
-    weights, own = load_file(path), model.state_dict()
-    if isinstance(model, Backbone):
-        weights = checkpoint_filter_fn(weights, model)
-    head = f"{model.default_cfg['classifier']}."
+def own_head_for_other_classes(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights, but for a classifier of another number of classes."""
+    own, head = model.state_dict(), f"{model.default_cfg['classifier']}."
     other = {name for name in weights if name.startswith(head) and weights[name].shape != own[name].shape}
-    kept = {name: own[name] if name in other else weight for name, weight in weights.items()}
-    model.load_state_dict(kept)
+    return {name: own[name] if name in other else weight for name, weight in weights.items()}
 
 
 def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ from foveal.ops import backend
 _Formula = Callable[..., int]
 
 
-def count_flops(model: nn.Module, images: Tensor) -> int:
+def count_flops(model: nn.Module, images: Any) -> int:
     """FLOPs of a forward pass, a multiply-add being two, by torch's FlopCounterMode.
 
     The count is the same on every device and every backend of foveal's ops, but for a pooled map of a single cell,
@@ -23,8 +23,8 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
     computed.
 
     Args:
-        model: any module that takes images; it is run in eval mode and left as it was.
-        images: ``(B, in_chans, H, W)``, on the model's device.
+        model: any module that takes images, or maps; it is run in eval mode and left as it was.
+        images: ``(B, in_chans, H, W)``, on the model's device, or what else the model takes.
     """
     return _count(model, images, MISSING_IN_TORCH)
 
@@ -44,7 +44,7 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
         return _count(model, images, MISSING_IN_TORCH | _PAPERS_RULE) // 2
 
 
-def _count(model: nn.Module, images: Tensor, formulas: Mapping[Any, _Formula]) -> int:
+def _count(model: nn.Module, images: Any, formulas: Mapping[Any, _Formula]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas))
     with evaluating(model), counter, torch.no_grad():
         model(images)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.analysis._evaluating import evaluating
 from foveal.analysis.flops import MISSING_IN_TORCH
+from foveal.analysis.parameters import count_parameters
 
 REST = "(between blocks)"
 
@@ -85,11 +86,11 @@ def profile_blocks(model: nn.Module, images: Tensor, blocks: Sequence[str] | Non
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     prefix = type(model).__name__
     costs = [
-        BlockCost(name, _count(known[name]), flops.get(f"{prefix}.{name}".rstrip("."), 0), saved[name])
+        BlockCost(name, count_parameters(known[name]), flops.get(f"{prefix}.{name}".rstrip("."), 0), saved[name])
         for name in names
     ]
     sums = [sum(column) for column in list(zip(*costs, strict=True))[1:]]
-    totals = _count(model), flops.get("Global", 0), sum(saved.values())
+    totals = count_parameters(model), flops.get("Global", 0), sum(saved.values())
     rest = BlockCost(REST, *(total - part for total, part in zip(totals, sums, strict=True)))
     return [*costs, rest] if any(rest[1:]) else costs
 
@@ -111,10 +112,6 @@ def _storage(x: Tensor) -> torch.UntypedStorage:
 def _weights(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from foveal.models.backbone import Backbone
 from foveal.models.hosts import Replacements, swap
 from foveal.models.hybrids import ConvGLUVisionTransformer
+from foveal.models.in_timm import timm_model
 from foveal.models.stage import Stage
 from foveal.models.transnext import transnext
 
-__all__ = ["Backbone", "ConvGLUVisionTransformer", "Replacements", "Stage", "swap", "transnext"]
+__all__ = ["Backbone", "ConvGLUVisionTransformer", "Replacements", "Stage", "swap", "timm_model", "transnext"]

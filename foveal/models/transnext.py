@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from foveal.blocks import AggregatedAttention, ConvGLU, LengthScaledCosineAttention
 from foveal.models.backbone import Backbone
-from foveal.models.checkpoints import checkpoint_filter_fn
+from foveal.models.in_timm import LAYOUT, timm_model
 from foveal.models.stage import Stage
 
 __all__ = ["transnext"]  # timm adds every registered entry point below
@@ -106,6 +106,7 @@ def transnext(
 def _cfg(repo: str | None, size: int = 224, crop_pct: float = 0.875, crop_mode: str = "center") -> dict[str, Any]:
     hub = {"hf_hub_id": f"DaiShiResearch/{repo}", "hf_hub_filename": f"{repo.replace('-', '_')}.pth"} if repo else {}
     return {
+        **LAYOUT,
         **hub,
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
@@ -115,8 +116,6 @@ def _cfg(repo: str | None, size: int = 224, crop_pct: float = 0.875, crop_mode: 
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "num_classes": 1000,
-        "first_conv": "stages.0.downsample.proj",
-        "classifier": "head.fc",
         "license": "apache-2.0",
         "origin_url": "https://github.com/DaiShiResearch/TransNeXt",
         "paper_ids": "arXiv:2311.17132",
@@ -142,17 +141,6 @@ _AAAM = {"mlp_ratios": (8, 8, 4, 4), "pool_ratios": (8, 4, 2, None)}
 _MICRO = {"dims": (48, 96, 192, 384), "depths": (2, 2, 15, 2), "num_heads": (2, 4, 8, 16)}
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
-    return build_model_with_cfg(
-        transnext,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 @register_model
 def transnext_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """Half the widths of Micro: 2.2M parameters, 0.5G multiply-adds at 224.
@@ -160,38 +148,38 @@ def transnext_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
     It has no published weights. It stands in for the paper's model of tables 7 and 8, whose widths are not published.
     """
     args = {"dims": (24, 48, 96, 192), "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}
-    return _create("transnext_pico", pretrained, **dict(_AAAM | args, **kwargs))
+    return timm_model(transnext, "transnext_pico", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_micro(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Micro: 12.8M parameters, 2.7G multiply-adds at 224."""
-    return _create("transnext_micro", pretrained, **dict(_AAAM | _MICRO, **kwargs))
+    return timm_model(transnext, "transnext_micro", pretrained, **dict(_AAAM | _MICRO, **kwargs))
 
 
 @register_model
 def transnext_tiny(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Tiny: 28.3M parameters, 5.7G multiply-adds at 224."""
     args = {"dims": (72, 144, 288, 576), "depths": (2, 2, 15, 2), "num_heads": (3, 6, 12, 24)}
-    return _create("transnext_tiny", pretrained, **dict(_AAAM | args, **kwargs))
+    return timm_model(transnext, "transnext_tiny", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_small(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Small: 49.7M parameters, 10.3G multiply-adds at 224."""
     args = {"dims": (72, 144, 288, 576), "depths": (5, 5, 22, 5), "num_heads": (3, 6, 12, 24)}
-    return _create("transnext_small", pretrained, **dict(_AAAM | args, **kwargs))
+    return timm_model(transnext, "transnext_small", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_base(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Base: 89.7M parameters, 18.4G multiply-adds at 224."""
     args = {"dims": (96, 192, 384, 768), "depths": (5, 5, 23, 5), "num_heads": (4, 8, 16, 32)}
-    return _create("transnext_base", pretrained, **dict(_AAAM | args, **kwargs))
+    return timm_model(transnext, "transnext_base", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_micro_aaaa(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Micro with aggregated attention in all four stages: 13.1M parameters, 3.3G multiply-adds at 256."""
     args = {**_MICRO, "mlp_ratios": (8, 8, 4, 4), "pool_ratios": (16, 8, 4, 2), "pretrain_size": 256, "img_size": 256}
-    return _create("transnext_micro_aaaa", pretrained, **dict(args, **kwargs))
+    return timm_model(transnext, "transnext_micro_aaaa", pretrained, **dict(args, **kwargs))

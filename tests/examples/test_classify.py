@@ -166,7 +166,7 @@ def test_random_weights_say_so(photos, capsys):
         (["nowhere"], "argument images: no file or folder nowhere"),
         (["{photos}/notes.txt", "--model", "test_vit", "--random-weights"], "argument images: cannot read"),
         (["{photos}", "--model", "transnext_huge"], "argument --model: timm knows no model 'transnext_huge'"),
-        (["{photos}", "--checkpoint", "nowhere.pth"], "argument --checkpoint: nowhere.pth holds no weights"),
+        (["{photos}", "--checkpoint", "nowhere.pth"], "argument --checkpoint: there is no file nowhere.pth"),
         (["{photos}", "--checkpoint", "{photos}/notes.txt"], "notes.txt holds no weights"),
         (["{photos}", "--checkpoint", "a", "--random-weights"], "argument --random-weights: not allowed with"),
         (["{photos}", "--batch-size", "0"], "argument --batch-size: must be at least 1"),
@@ -176,7 +176,7 @@ def test_random_weights_say_so(photos, capsys):
 def test_errors_name_the_argument(args, message, photos, capsys, monkeypatch):
     example = load("classify")
     create = timm.create_model
-    monkeypatch.setattr(example.timm, "create_model", lambda name, **kwargs: create("test_vit", **kwargs))
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create("test_vit", **kwargs))
     with pytest.raises(SystemExit) as exit_info:
         example.main([arg.format(photos=photos) for arg in args])
     assert exit_info.value.code == 2

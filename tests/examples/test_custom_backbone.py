@@ -1,8 +1,11 @@
 """The example of a backbone of one's own."""
 
+import re
+
 import pytest
 import torch
 
+from foveal.analysis import count_flops, count_parameters
 from tests.examples.running import load, run
 
 
@@ -16,13 +19,14 @@ def test_prints_a_table():
 
 
 def test_costs_add_up():
+    """Those of the stages and the head are those of the whole, as the analysis counts it."""
     example = load("custom_backbone")
     net = example.build(num_classes=10).eval()
-    flops = example.flops_by_module(net, torch.randn(1, 3, 64, 64))
-    parts = [*(f"Backbone.stages.{i}" for i in range(4)), "Backbone.head"]
-    assert all(flops[part] > 0 for part in parts)
-    assert sum(flops[part] for part in parts) == flops["Backbone"]
-    assert flops["Backbone.head"] == 2 * 288 * 10
+    rows = [re.split(r"  +", line) for line in example.summarize(net, [(64, 64)]).splitlines()[2:]]
+    parameters, flops = ([float(row[i].replace(",", "")) for row in rows] for i in (-3, -2))
+    assert sum(parameters[:-1]) == parameters[-1] == count_parameters(net)
+    assert sum(flops[:-1]) == pytest.approx(flops[-1], abs=0.3)
+    assert flops[-1] == pytest.approx(count_flops(net, torch.randn(1, 3, 64, 64)) / 1e6, abs=0.05)
 
 
 def test_sliding_window_attention_sees_its_window_alone():

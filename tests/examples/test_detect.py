@@ -169,7 +169,7 @@ def test_backbone_weights_of_a_detector_load_by_their_prefix(example, tmp_path):
         (["--coco", "nowhere"], "argument --coco: there is no nowhere/train2017"),
         (["--batch-size", "99"], "argument --batch-size: must be at most the number of training images, 8"),
         (["--weights", "nowhere"], "argument --weights: there is no file nowhere"),
-        (["--backbone-weights", "nowhere"], "argument --backbone-weights: nowhere holds no weights of this backbone"),
+        (["--backbone-weights", "nowhere"], "argument --backbone-weights: there is no file nowhere"),
         (["--frozen-stages", "5"], "argument --frozen-stages: invalid choice"),
         (["--size", "16"], "argument --size: must be at least 32, got 16"),
         (["--device", "abacus"], "argument --device: "),

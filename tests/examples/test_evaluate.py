@@ -268,7 +268,7 @@ def test_a_kill_while_saving_leaves_the_old_results(tmp_path, monkeypatch):
         (["--cost", "--checkpoint", "resnet18=x"], "argument --checkpoint: resnet18 is not among --models"),
         (
             ["--data", "folder={tmp}/own", "--checkpoint", "transnext_tiny=no.pth"],
-            "no weights of transnext_tiny from no.pth",
+            "argument --checkpoint: there is no file no.pth",
         ),
         (["--data", "folder={tmp}/bad"], "cannot identify image file <_io.BufferedReader name='{tmp}/bad/a/a.png'>"),
         (["--cost", "--device", "abacus"], "argument --device: "),

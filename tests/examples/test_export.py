@@ -66,7 +66,7 @@ def test_every_format_from_the_command_line(tmp_path):
     ("args", "message"),
     [
         (["--model", "transnext_huge"], "argument --model: timm knows no model 'transnext_huge'"),
-        (["--checkpoint", "nowhere.pth"], "argument --checkpoint: nowhere.pth holds no weights of transnext_micro"),
+        (["--checkpoint", "nowhere.pth"], "argument --checkpoint: there is no file nowhere.pth"),
         (["--formats", "tflite"], "argument --formats: invalid choice: 'tflite'"),
         (["--size", "1", "2", "3"], "argument --size: expected one or two numbers, got 3"),
         (["--size", "0"], "argument --size: must be at least 1, got 0"),

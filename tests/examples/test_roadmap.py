@@ -9,7 +9,7 @@ import torch
 import foveal
 from foveal.blocks import AggregatedAttention, ConvGLU, LengthScaledCosineAttention, OverlapPatchEmbed
 from foveal.models import Backbone, Stage
-from tests.examples.running import load, run
+from tests.examples.running import EXAMPLES, load, run
 
 TINY = ("--train-images", "20", "--img-size", "8", "--epochs", "1", "--batch-size", "10")
 
@@ -94,6 +94,13 @@ def test_the_last_step_is_transnext(roadmap):
     net.load_state_dict(ours.state_dict())
     images = torch.randn(2, 1, 16, 16)
     assert torch.equal(net(images), ours(images))
+
+
+def test_the_page_of_the_documentation_has_these_costs(roadmap):
+    page = (EXAMPLES.parent / "docs" / "roadmap.md").read_text()
+    for step in roadmap.ROADMAP:
+        parameters, multiply_adds = roadmap.cost(step, 32)
+        assert f"| {step.change} | {parameters / 1e6:.3f}M | {multiply_adds / 1e6:.1f}M |" in page
 
 
 def test_what_the_steps_add(roadmap):

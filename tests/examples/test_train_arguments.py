@@ -54,7 +54,7 @@ def test_resume_refuses_other_settings(args, message, finished, train, capsys):
         (["--weights", "hub"], "argument --weights: needs a --model that they belong to"),
         (
             ["--model", "test_vit", "--img-size", "64", "--weights", "nowhere"],
-            "argument --weights: no weights of test_vit",
+            "argument --weights: there is no file nowhere",
         ),
         (["--lr", "1e-5"], "argument --min-lr: must be at most --lr 1e-05, got 2e-05"),
         (["--micro-batch", "48"], "argument --micro-batch: --batch-size 64 must be a multiple of 48 x 1 processes"),

@@ -23,7 +23,7 @@ from torch import nn
 
 from foveal.blocks.layouts import CarriedGrid, ChannelsFirst, PatchGrid, SizedTokens, TokenMixer, Tokens
 from foveal.blocks.layouts.grid import map_format
-from foveal.models.hosts.replaced import check_keeps_size, widths_of
+from foveal.models.hosts.replaced import widths_of
 from foveal.models.hosts.whole_maps import check_windows, see_whole_maps
 
 Adapter = Callable[[nn.Module], nn.Module]
@@ -110,7 +110,6 @@ def _convnext_mlp(site: Site) -> Place:
 
 
 def _same_size_convolution(site: Site) -> Place:
-    check_keeps_size(site.module)
     if len(set(widths_of(site.module))) > 1:
         raise ValueError("this convolution changes the width of the map, and a mixer keeps it")
     return Place(ChannelsFirst)

@@ -12,7 +12,7 @@ from foveal.blocks._factory import call, located
 from foveal.blocks.layouts.adapter import Adapter
 from foveal.models._dry_run import output_shape
 from foveal.models.hosts.places import Place, Site, find_place
-from foveal.models.hosts.replaced import arguments_of, check_keeps_size, check_no_hooks, widths_of
+from foveal.models.hosts.replaced import arguments_of, check_no_hooks, widths_of
 
 Factory = Callable[..., nn.Module]
 
@@ -61,6 +61,7 @@ def swap(
 
     A block is called with the width and with those of hidden_dim (so that the parameters stay about the same), out_dim,
     num_heads, drop, attn_drop, proj_drop, device and dtype that its signature names, as the replaced module has them.
+    In networks that foveal does not know, the width is read off a dry run of the replaced module alone.
     Training mode stays, all other modules keep their names and weights, and if anything is wrong nothing is changed.
 
     Args:
@@ -136,13 +137,9 @@ def _suggestions(pattern: str, names: Iterable[str]) -> str:
 
 def _build(site: Site, place: Place, factory: Factory, fitting: set[tuple]) -> nn.Module:
     """The block for a site, in its adapter, after a look at the shape that it returns."""
-    if place.width is None:
-        check_keeps_size(site.module)
-        dim, out_dim = widths_of(site.module)
-    else:
-        dim = out_dim = place.width
-    arguments = arguments_of(site.module, site.owner)
-    block = call(factory, dim, offered={**arguments, "out_dim": out_dim}, where="block")
+    dim, out_dim = widths_of(site.module) if place.width is None else (place.width, place.width)
+    arguments = arguments_of(site.module, site.owner, dim, out_dim)
+    block = call(factory, dim, offered=arguments, where="block")
     if (id(factory), dim, out_dim) not in fitting:
         _check_shape(block, dim, out_dim, arguments["device"], arguments["dtype"])
         fitting.add((id(factory), dim, out_dim))

@@ -274,10 +274,105 @@ def test_named_adapter():
     last = model.body.last.block(model.body.down(first).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     assert_near(model(x), last.relu())
     assert last.shape == (2, 12, 5, 7)
-    with pytest.raises(ValueError, match=r"body\.down: the module changes the size of the map \(stride \(2, 2\)\)"):
+    with pytest.raises(ValueError, match=r"body\.down: the module changes the size of the map, from"):
         foveal.swap(model, {"body.down": ConvGLU}, adapter=ChannelsFirst)
     with pytest.raises(ValueError, match="neither a Linear nor a convolution"):
         foveal.swap(model, {"act": ConvGLU}, adapter=ChannelsFirst)
+
+
+class C3(nn.Module):
+    """Two ways through, joined by ``cv3``; the parts are registered after it and run before it."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        width = out_channels // 2
+        self.cv3 = nn.Conv2d(2 * width, out_channels, 1)
+        self.m = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1))
+        self.cv1, self.cv2 = nn.Conv2d(in_channels, width, 1), nn.Conv2d(in_channels, width, 1)
+
+    def forward(self, x):
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
+
+
+class LateFirst(nn.Module):
+    """An MLP that registers its layers in the opposite order; over maps that have channels last, or tokens."""
+
+    def __init__(self, dim, hidden_dim, dims=4):
+        super().__init__()
+        self.dims = dims
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+
+    def forward(self, x):
+        assert x.dim() == self.dims
+        return self.fc2(self.fc1(x).relu())
+
+
+class Masked(nn.Module):
+    """A module that no tensor alone can run."""
+
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.first, self.last = nn.Linear(dim, 7), nn.Linear(7, out_dim)
+
+    def forward(self, x, mask):
+        return self.last(self.first(x) * mask)
+
+
+def test_widths_are_those_that_run():
+    """Whatever the order in which the layers are registered."""
+    model = nn.Sequential(OrderedDict(c3=C3(48, 64), head=nn.Conv2d(64, 5, 1)))
+    foveal.swap(model, {"c3": ConvGLU}, adapter=ChannelsFirst)
+    assert (model.c3.block.fc1.in_features, model.c3.block.fc2.out_features) == (48, 64)
+    assert model(torch.randn(1, 48, 6, 9)).shape == (1, 5, 6, 9)
+    with pytest.raises(ValueError, match=r"c3: the block must return \(B, H, W, 64\)"):
+        foveal.swap(
+            nn.ModuleDict({"c3": C3(48, 64)}), {"c3": lambda dim: ConvGLU(dim, out_dim=32)}, adapter=ChannelsFirst
+        )
+
+
+@pytest.mark.parametrize("dims", [3, 4])
+def test_the_hidden_width_does_not_follow_the_order(dims):
+    model = nn.ModuleDict({"mlp": LateFirst(24, 96, dims)})
+    foveal.swap(model, {"mlp": ConvGLU}, adapter=partial(Tokens, grid=(3, 4)))
+    block = model["mlp"].block
+    assert (block.fc1.in_features, block.hidden_dim, block.fc2.out_features) == (24, 64, 24)
+
+
+def test_channels_are_not_taken_for_columns():
+    """A Linear takes maps of channels first, too, where their rows are as long as it is wide."""
+    for width in (56, 112):
+        model = nn.Sequential(nn.Linear(width, 8))
+        foveal.swap(model, {"0": ConvGLU}, adapter=lambda block: block)
+        assert (model[0].fc1.in_features, model[0].fc2.out_features) == (width, 8)
+
+
+def test_the_size_is_that_which_runs():
+    """Down and up again keeps it, a convolution without padding does not."""
+    layers = nn.Conv2d(8, 8, 2, 2), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3)
+    model = nn.ModuleDict({"keeps": nn.Sequential(*layers[:2]), "cuts": layers[2]})
+    foveal.swap(model, {"keeps": ConvGLU}, adapter=ChannelsFirst)
+    with pytest.raises(ValueError, match=r"cuts: the module changes the size of the map, from \(1, 8, 56, 112\) to"):
+        foveal.swap(model, {"cuts": ConvGLU}, adapter=ChannelsFirst)
+
+
+def test_a_module_that_does_not_run_alone():
+    """One that takes more than a map keeps its width by its layers, or is refused; so is one that fails."""
+    model = nn.ModuleDict({"keeps": Masked(16, 16), "widens": Masked(16, 24), "fails": nn.Sequential(nn.Linear(8, 8))})
+    model["fails"].append(nn.Linear(9, 9))
+    foveal.swap(model, {"keeps": ConvGLU}, adapter=partial(Tokens, grid=2))
+    assert model["keeps"].block.dim == 16
+    with pytest.raises(ValueError, match=r"widens: the widths of Masked are unknown: .*'mask'.* 16 .* 24"):
+        foveal.swap(model, {"widens": ConvGLU}, adapter=partial(Tokens, grid=2))
+    with pytest.raises(ValueError, match=r"fails: the widths of Sequential are unknown: .*maps nor tokens of 8 or 9"):
+        foveal.swap(model, {"fails": ConvGLU}, adapter=partial(Tokens, grid=2))
+
+
+def test_swapped_again():
+    model = nn.ModuleDict({"mlp": LateFirst(24, 96, 3)})
+    for block, grid in ((ConvGLU, 3), (GLU, 4)):
+        foveal.swap(model, {"mlp": block}, adapter=partial(Tokens, grid=grid))
+    assert model["mlp"](torch.randn(1, 16, 24)).shape == (1, 16, 24)
 
 
 def test_named_adapter_of_tokens():
