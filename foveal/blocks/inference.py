@@ -96,7 +96,7 @@ def normalize(x: Tensor, norm: nn.Module) -> Tensor:
 def add_and_normalize(
     x: Tensor, branch: Branch | None, norm: nn.Module, owned: bool = False
 ) -> tuple[Tensor, Tensor, bool]:
-    """A stream with a branch added, its norm, and whether nobody else holds the stream, so that it may be overwritten."""
+    """A stream with a branch added, its norm, and whether nobody else holds the stream."""
     if type(norm) is not nn.LayerNorm or not is_plain(norm, x):
         x = add(x, branch)
         return x, norm(x), False
