@@ -200,12 +200,95 @@ def test_optimiser_step_in_eval_mode(build):
     assert_fresh(block, build, x)
 
 
-def test_train_and_eval_after_a_write_through_data(build):
+WRITES = {
+    "data": lambda weights: [w.data.mul_(3) for w in weights],
+    "data set": lambda weights: [setattr(w, "data", 3 * w.data) for w in weights],
+    "vector_to_parameters": lambda weights: torch.nn.utils.vector_to_parameters(
+        3 * torch.nn.utils.parameters_to_vector(weights), weights
+    ),
+    "a view": lambda weights: [w.detach().mul_(3) for w in weights],
+    "numpy": lambda weights: [w.detach().numpy().__imul__(3) for w in weights],
+    "copy_ of averaged weights": lambda weights: [w.data.copy_(3 * w.data) for w in weights],
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_that_leaves_no_trace(build, write):
     x = torch.randn(1, 5, 6, 8)
     block = warm(build, x)
-    block.log_cpb.fc2.weight.data.mul_(3)
-    block.train().eval()
+    with torch.no_grad():
+        write(list(block.log_cpb.parameters()))
     assert_fresh(block, build, x)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_fine_tuning_in_eval_mode_by_a_fused_optimiser(build, kind):
+    """Its step does not advance the version of a parameter."""
+    x = torch.randn(1, 5, 6, 8)
+    block = warm(build, x)
+    optimizer = kind(block.parameters(), lr=0.5, fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(x).square().sum().backward()
+        optimizer.step()
+        assert_fresh(block, build, x)
+
+
+def test_weights_averaged_and_swapped_for_validation(build):
+    x = torch.randn(1, 5, 6, 8)
+    block = warm(build, x)
+    averaged = torch.optim.swa_utils.AveragedModel(block, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        averaged.update_parameters(block)
+        with torch.no_grad():
+            averaged.module(x)
+        assert_fresh(averaged.module.eval(), build, x)
+        for ours, theirs in zip(block.parameters(), averaged.module.parameters(), strict=True):
+            ours.data, theirs.data = theirs.data, ours.data
+        assert_fresh(block, build, x)
+
+
+def test_weights_that_are_switched_on_and_off_in_eval_mode(build):
+    """As adapters are; also where they come back as they were."""
+    x = torch.randn(1, 5, 6, 8)
+    block = warm(build, x)
+    with torch.no_grad():
+        plain = block(x)
+        handle = block.log_cpb.fc1.register_forward_hook(lambda module, args, out: 2 * out)
+        assert not torch.allclose(block(x), plain)
+        handle.remove()
+        assert torch.equal(block(x), plain)
+
+
+def test_replicas_of_data_parallel_keep_nothing(build):
+    """They share their original's attributes, and hold other devices' weights as plain attributes."""
+    x = torch.randn(1, 5, 6, 8)
+    block = warm(build, x)
+    replica = block.log_cpb._replicate_for_data_parallel()
+    for name in ("fc1", "fc2"):
+        layer = getattr(block.log_cpb, name)._replicate_for_data_parallel()
+        for key, weight in getattr(block.log_cpb, name)._parameters.items():
+            setattr(layer, key, -weight.detach())
+        replica._modules[name] = layer
+    with torch.no_grad():
+        ours = replica((5, 6), (2, 3), (5, 6), like=x).table
+        other = copy.deepcopy(block.log_cpb)
+        for parameter in other.parameters():
+            parameter.neg_()
+        assert_near(ours, other((5, 6), (2, 3), (5, 6)).table, tol=1e-6)
+    assert_fresh(block, build, x)
+
+
+def test_not_a_number_is_never_kept(build, calls):
+    block = warm(build, torch.randn(1, 5, 6, 8))
+    with torch.no_grad():
+        block.log_cpb.fc2.bias.fill_(float("nan"))
+        assert block(torch.randn(1, 5, 6, 8)).isnan().any()
+        block.log_cpb.fc2.bias.zero_()
+        assert block(torch.randn(1, 5, 6, 8)).isfinite().all()
 
 
 def test_replaced_parameter(build):

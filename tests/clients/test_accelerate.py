@@ -70,3 +70,25 @@ def test_bfloat16_and_a_checkpoint(data, tmp_path):
     images = data.tensors[0]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), accelerator.unwrap_model(net, keep_fp32_wrapper=False).eval()(images))
+
+
+def test_empty_weights_then_a_checkpoint(tmp_path):
+    with accelerate.init_empty_weights():
+        net = small()
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    full, x = small().eval(), torch.randn(2, 3, 32, 40)
+    torch.save(full.state_dict(), tmp_path / "net.pt")
+    net = accelerate.load_checkpoint_and_dispatch(net.eval(), tmp_path / "net.pt", device_map={"": "cpu"})
+    with torch.no_grad():
+        assert_near(net(x), full(x), tol=1e-6)
+
+
+def test_weights_that_are_there_only_while_a_layer_is_called():
+    net, x = small().eval(), torch.randn(2, 3, 32, 40)
+    with torch.no_grad():
+        expected = net(x)
+        state = {name: value.clone() for name, value in net.state_dict().items()}
+        accelerate.cpu_offload(net, execution_device="cpu", state_dict=state)
+        assert "meta" in {p.device.type for p in net.parameters()}
+        assert_near(net(x), expected, tol=1e-6)
+        assert "meta" in {p.device.type for p in net.parameters()}

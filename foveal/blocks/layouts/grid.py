@@ -6,6 +6,7 @@ from timm.layers import Format
 from torch import Tensor, nn
 
 from foveal.blocks._checks import Grid
+from foveal.ops.tracing import shape_of
 
 
 class HasGrid(Protocol):
@@ -51,10 +52,12 @@ class CarriedGrid:
         module.register_forward_hook(self._note_nhwc if output_fmt == "NHWC" else self._note_nchw)
 
     def _note_nhwc(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.grid_size = output.shape[1], output.shape[2]
+        _, height, width, _ = shape_of(output)
+        self.grid_size = height, width
 
     def _note_nchw(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.grid_size = output.shape[2], output.shape[3]
+        _, _, height, width = shape_of(output)
+        self.grid_size = height, width
 
     def __reduce__(self) -> tuple:
         return CarriedGrid, ()

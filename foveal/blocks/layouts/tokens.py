@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from foveal.blocks._checks import Grid, to_grid
 from foveal.blocks.layouts.adapter import Adapter
 from foveal.blocks.layouts.grid import HasGrid
+from foveal.ops.tracing import shape_of
 
 
 class Tokens(Adapter):
@@ -75,9 +76,9 @@ class SizedTokens(Adapter):
 
 
 def _through_map(block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-    if x.dim() != 3 or x.shape[1] != grid[0] * grid[1]:
+    if x.dim() != 3 or shape_of(x)[1] != grid[0] * grid[1]:
         raise ValueError(
             f"x must have shape (B, N, C) with a token for each of the {grid[0]} x {grid[1]} cells of the grid after "
-            f"the prefix tokens, got {tuple(x.shape)} without them"
+            f"the prefix tokens, got {tuple(shape_of(x))} without them"
         )
     return block(x.unflatten(1, grid)).flatten(1, 2)
