@@ -1,6 +1,6 @@
 """Train a detector over a foveal backbone: torchvision's Mask R-CNN or RetinaNet on a feature pyramid.
 
-    python examples/detect.py                               # shapes that it draws itself, a few minutes on two cores
+    python examples/detect.py                               # shapes that it draws itself, 4 minutes on two cores
     python examples/detect.py --detector retinanet
     python examples/detect.py --coco /data/coco --model transnext_tiny --backbone-weights transnext_tiny_224_1k.pth \\
         --size 800 --epochs 12 --batch-size 16 --frozen-stages 1 --grad-checkpointing

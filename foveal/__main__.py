@@ -3,14 +3,17 @@
 import argparse
 import os
 import platform
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import timm
 import torch
 
 import foveal
 from foveal.ops import current_backend
-from foveal.ops.compiled import build, library, toolchain
+from foveal.ops.compiled import build, library, recipes, toolchain
 
 
 def report() -> None:
@@ -43,6 +46,18 @@ def report() -> None:
         print(f"{name:14}{value}")
 
 
+def build_counting_files(target: recipes.Target) -> Path:
+    """``build.build``, which tells on a terminal's stderr how many of its files are compiled."""
+    objects = build.cache_directory() / target.key / "objects"
+    files = re.findall(r"^build (\S+):", target.rules, re.MULTILINE)
+    with ThreadPoolExecutor(1) as worker:
+        built = worker.submit(build.build, target, retry=True)
+        while sys.stderr.isatty() and not wait([built], timeout=0.5).done:
+            done = sum((objects / file).exists() for file in files)
+            print(f"{done} of {len(files)} files", end="\r", file=sys.stderr, flush=True)
+    return built.result()
+
+
 def build_now() -> int:
     """Build the kernels, also where an earlier build failed; returns the exit status.
 
@@ -52,7 +67,7 @@ def build_now() -> int:
     status = 0
     for device in ("cpu", "cuda") if gpus_wanted else ("cpu",):
         try:
-            print(build.build(library.target(device), retry=True))
+            print(build_counting_files(library.target(device)))
         except build.BuildError as error:
             print(f"foveal: {error}\n{error.details}", file=sys.stderr)
             status = 1

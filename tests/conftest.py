@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from foveal.ops.compiled import library
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well, as CI does")
@@ -27,3 +29,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels():
+    """The compiled CPU kernels, built and loaded at their first test."""
+    if reason := library.why_not("cpu"):
+        pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The parts of examples/train.py, one idea a file.
+"""The parts of examples/train.py.
 
 recipes.py      what to train with: plain data
 arguments.py    the command line

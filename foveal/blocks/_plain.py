@@ -7,7 +7,6 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from foveal.blocks.depthwise_conv import DepthwiseConv
 from foveal.ops.tracing import shape_of
 
 # The layers that may be read, as they were imported: a class whose forward is replaced later is another one.
@@ -22,7 +21,7 @@ _FORWARDS: dict[type, Callable] = {
         nn.Identity,
         nn.Dropout,
         DropPath,
-        DepthwiseConv,
+        nn.Conv2d,
     )
 }
 
@@ -92,11 +91,11 @@ def weights_of(*layers: Any) -> list[Any]:
 def _is_set_up_as_usual(module: Any) -> bool:
     """Parameters where the class keeps them, and the settings that foveal's ops assume."""
     kind, parameters = type(module), module._parameters
-    if kind in (nn.Linear, DepthwiseConv) and (parameters.get("weight") is None or "bias" not in parameters):
+    if kind in (nn.Linear, nn.Conv2d) and (parameters.get("weight") is None or "bias" not in parameters):
         return False
     if kind is nn.LayerNorm:
         return len(module.normalized_shape) == 1 and "weight" in parameters and "bias" in parameters
-    if kind is DepthwiseConv:
+    if kind is nn.Conv2d:  # a depthwise one that keeps the size
         channels, _, size, _ = shape_of(module.weight)
         same_size = module.padding == (size // 2, size // 2) and module.stride == module.dilation == (1, 1)
         return same_size and module.padding_mode == "zeros" and module.groups == channels

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from foveal.blocks._checks import check_map, check_positive
-from foveal.blocks._initialization import init_linear
+from foveal.blocks._initialization import init_convolution, init_linear
 from foveal.blocks._module import MapModule
-from foveal.blocks.depthwise_conv import DepthwiseConv
+from foveal.blocks.depthwise_conv import convolve, depthwise_conv
 
 
 class ConvFFN(MapModule):
@@ -41,7 +41,7 @@ class ConvFFN(MapModule):
         check_positive("out_dim", out_dim)
         self.dim = dim
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.dwconv = DepthwiseConv(hidden_dim, kernel_size=kernel_size, device=device, dtype=dtype)
+        self.dwconv = depthwise_conv(hidden_dim, kernel_size=kernel_size, device=device, dtype=dtype)
         self.act = act_layer()
         self.drop = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden_dim, out_dim, device=device, dtype=dtype)
@@ -50,10 +50,11 @@ class ConvFFN(MapModule):
     def reset_parameters(self) -> None:
         init_linear(self.fc1)
         init_linear(self.fc2)
+        init_convolution(self.dwconv)
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        return self.drop(self.fc2(self.drop(self.act(self.dwconv(self.fc1(x))))))
+        return self.drop(self.fc2(self.drop(self.act(convolve(self.dwconv, self.fc1(x))))))
 
     def pointwise(self, x: Tensor) -> Tensor:
         """The same without the convolution, for tokens ``(..., C)`` that have no place in a map."""

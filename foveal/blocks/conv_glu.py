@@ -4,6 +4,7 @@ from torch import Tensor
 
 from foveal.blocks._checks import check_map
 from foveal.blocks._plain import activation_name, are_plain, is_idle, weights_of
+from foveal.blocks.depthwise_conv import convolve
 from foveal.blocks.glu import DepthwiseGLU, halves
 from foveal.ops import conv_glu, depthwise_gate
 
@@ -38,7 +39,7 @@ class ConvGLU(DepthwiseGLU):
         if act and are_plain(x, self.dwconv):
             return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, act)
         gate, value = halves(x)
-        return self.act(self.dwconv(gate)) * value
+        return self.act(convolve(self.dwconv, gate)) * value
 
     def fused_act(self, x: Tensor) -> str | None:
         """The activation's name, where one op may stand for all layers; None where they are to be called."""

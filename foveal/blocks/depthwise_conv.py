@@ -1,25 +1,22 @@
-"""A depthwise convolution over channels-last maps."""
+"""Depthwise convolutions of channels-last maps."""
 
 from torch import Tensor, nn
 
 from foveal.blocks._initialization import init_convolution
 
 
-class DepthwiseConv(nn.Conv2d):
-    """A k x k depthwise convolution with zero padding, ``(B, H, W, C)`` to the same shape.
+def depthwise_conv(dim: int, *, kernel_size: int = 3, device=None, dtype=None) -> nn.Conv2d:
+    """A k x k depthwise convolution with zero padding, which keeps the size; k is odd.
 
-    Args:
-        dim: channels C.
-        kernel_size: side k, odd.
+    It is PyTorch's own layer over ``(B, C, H, W)``, so that whoever adapts, prunes or counts layers knows it.
     """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be an odd positive integer, got {kernel_size!r}")
+    conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+    init_convolution(conv)
+    return conv
 
-    def __init__(self, dim: int, *, kernel_size: int = 3, device=None, dtype=None):
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be an odd positive integer, got {kernel_size!r}")
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
-    def reset_parameters(self) -> None:
-        init_convolution(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution over ``(B, C, H, W)`` on a map ``(B, H, W, C)``, without a copy."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

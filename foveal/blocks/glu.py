@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from foveal.blocks._checks import check_map, check_positive
-from foveal.blocks._initialization import init_linear
+from foveal.blocks._initialization import init_convolution, init_linear
 from foveal.blocks._module import MapModule
-from foveal.blocks.depthwise_conv import DepthwiseConv
+from foveal.blocks.depthwise_conv import convolve, depthwise_conv
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,25 +85,30 @@ class DepthwiseGLU(GLU):
         dtype=None,
     ):
         super().__init__(dim, hidden_dim, out_dim, act_layer=act_layer, drop=drop, device=device, dtype=dtype)
-        self.dwconv = DepthwiseConv(self.hidden_dim, kernel_size=kernel_size, device=device, dtype=dtype)
+        self.dwconv = depthwise_conv(self.hidden_dim, kernel_size=kernel_size, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "dwconv"):  # the constructor of GLU, which has none, calls this too
+            init_convolution(self.dwconv)
 
 
 class ConvGLUType1(DepthwiseGLU):
     """``value * dwconv(act(gate))`` (equation 20)."""
 
     def mix(self, gate: Tensor, value: Tensor) -> Tensor:
-        return value * self.dwconv(self.act(gate))
+        return value * convolve(self.dwconv, self.act(gate))
 
 
 class ConvGLUType2(DepthwiseGLU):
     """``dwconv(value) * act(gate)`` (equation 21)."""
 
     def mix(self, gate: Tensor, value: Tensor) -> Tensor:
-        return self.dwconv(value) * self.act(gate)
+        return convolve(self.dwconv, value) * self.act(gate)
 
 
 class ConvGLUType3(DepthwiseGLU):
     """``dwconv(value * act(gate))`` (equation 22)."""
 
     def mix(self, gate: Tensor, value: Tensor) -> Tensor:
-        return self.dwconv(value * self.act(gate))
+        return convolve(self.dwconv, value * self.act(gate))

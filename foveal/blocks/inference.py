@@ -16,6 +16,7 @@ from foveal.blocks._plain import activation_name, are_plain, is_idle, is_plain, 
 from foveal.blocks.activate_and_pool import ActivateAndPool
 from foveal.blocks.aggregated_attention import AggregatedAttention
 from foveal.blocks.conv_glu import ConvGLU
+from foveal.blocks.depthwise_conv import convolve
 from foveal.blocks.patch_embed import OverlapPatchEmbed
 from foveal.blocks.pixel_focused_attention import PixelFocusedAttention
 from foveal.ops import activate_and_pool, add_layer_norm, aggregated_attention, conv_glu
@@ -75,7 +76,7 @@ def _pixel_focused_attention(block: PixelFocusedAttention, x: Tensor) -> Branch 
 
 @reads(OverlapPatchEmbed)
 def _overlap_patch_embed(block: OverlapPatchEmbed, x: Tensor) -> Branch:
-    return Branch(normalize(block.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), block.norm))
+    return Branch(normalize(convolve(block.proj, x), block.norm))
 
 
 def _activate_and_pool(pool: ActivateAndPool, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from foveal.blocks._checks import check_map, check_positive
 from foveal.blocks._initialization import init_convolution
 from foveal.blocks._module import MapModule
+from foveal.blocks.depthwise_conv import convolve
 
 
 class OverlapPatchEmbed(MapModule):
@@ -47,4 +48,4 @@ class OverlapPatchEmbed(MapModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.in_chans)
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm(convolve(self.proj, x))

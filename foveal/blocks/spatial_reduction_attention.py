@@ -8,6 +8,7 @@ from foveal.blocks._attention_weights import AttentionWeights
 from foveal.blocks._checks import check_heads, check_map, check_positive, check_probability, grid_of
 from foveal.blocks._initialization import init_convolution, init_linear
 from foveal.blocks._module import MapModule
+from foveal.blocks.depthwise_conv import convolve
 from foveal.ops.dense_attention import dense_attention
 from foveal.ops.reference import at_least_float32
 
@@ -88,5 +89,5 @@ class SpatialReductionAttention(MapModule):
         if self.sr is None or self.norm is None:
             return x
         missing_rows, missing_columns = (max(0, self.sr_ratio - side) for side in grid_of(x))
-        x = F.pad(x.permute(0, 3, 1, 2), (0, missing_columns, 0, missing_rows))
-        return self.norm(self.sr(x).permute(0, 2, 3, 1))
+        x = F.pad(x, (0, 0, 0, missing_columns, 0, missing_rows))
+        return self.norm(convolve(self.sr, x))

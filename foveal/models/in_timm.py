@@ -1,6 +1,6 @@
 """A backbone as a model of timm's: made by name, with published or local weights, or as feature maps alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -12,7 +12,14 @@ from foveal.models.checkpoints import checkpoint_filter_fn
 LAYOUT = {"first_conv": "stages.0.downsample.proj", "classifier": "head.fc"}  # of a Backbone, for a pretrained_cfg
 
 
-def timm_model(build: Callable[..., Backbone], name: str, pretrained: bool = False, **kwargs: Any) -> Backbone:
+def timm_model(
+    build: Callable[..., Backbone],
+    name: str,
+    pretrained: bool = False,
+    *,
+    out_indices: int | Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Backbone:
     """What a function that ``timm.models.register_model`` registers returns.
 
     Then ``timm.create_model(name, ...)`` takes the arguments of ``build``, ``features_only`` with ``out_indices``,
@@ -23,6 +30,8 @@ def timm_model(build: Callable[..., Backbone], name: str, pretrained: bool = Fal
         build: :class:`Backbone`, or a function that returns one.
         name: of the registered function.
         pretrained: load the weights that ``default_cfgs`` names.
+        out_indices: stages whose maps ``features_only`` gives; None means all. timm's extractors by hooks and graphs
+            (``feature_cls="hook"``, ``"fx"``) need them named.
         kwargs: arguments of ``build``, and what timm passes on.
 
     Example:
@@ -38,6 +47,6 @@ def timm_model(build: Callable[..., Backbone], name: str, pretrained: bool = Fal
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": None, "feature_cls": "getter"},  # all stages
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )

@@ -137,6 +137,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+_variant = partial(timm_model, transnext, out_indices=(0, 1, 2, 3))
 _AAAM = {"mlp_ratios": (8, 8, 4, 4), "pool_ratios": (8, 4, 2, None)}
 _MICRO = {"dims": (48, 96, 192, 384), "depths": (2, 2, 15, 2), "num_heads": (2, 4, 8, 16)}
 
@@ -148,38 +149,38 @@ def transnext_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
     It has no published weights. It stands in for the paper's model of tables 7 and 8, whose widths are not published.
     """
     args = {"dims": (24, 48, 96, 192), "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}
-    return timm_model(transnext, "transnext_pico", pretrained, **dict(_AAAM | args, **kwargs))
+    return _variant("transnext_pico", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_micro(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Micro: 12.8M parameters, 2.7G multiply-adds at 224."""
-    return timm_model(transnext, "transnext_micro", pretrained, **dict(_AAAM | _MICRO, **kwargs))
+    return _variant("transnext_micro", pretrained, **dict(_AAAM | _MICRO, **kwargs))
 
 
 @register_model
 def transnext_tiny(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Tiny: 28.3M parameters, 5.7G multiply-adds at 224."""
     args = {"dims": (72, 144, 288, 576), "depths": (2, 2, 15, 2), "num_heads": (3, 6, 12, 24)}
-    return timm_model(transnext, "transnext_tiny", pretrained, **dict(_AAAM | args, **kwargs))
+    return _variant("transnext_tiny", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_small(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Small: 49.7M parameters, 10.3G multiply-adds at 224."""
     args = {"dims": (72, 144, 288, 576), "depths": (5, 5, 22, 5), "num_heads": (3, 6, 12, 24)}
-    return timm_model(transnext, "transnext_small", pretrained, **dict(_AAAM | args, **kwargs))
+    return _variant("transnext_small", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_base(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Base: 89.7M parameters, 18.4G multiply-adds at 224."""
     args = {"dims": (96, 192, 384, 768), "depths": (5, 5, 23, 5), "num_heads": (4, 8, 16, 32)}
-    return timm_model(transnext, "transnext_base", pretrained, **dict(_AAAM | args, **kwargs))
+    return _variant("transnext_base", pretrained, **dict(_AAAM | args, **kwargs))
 
 
 @register_model
 def transnext_micro_aaaa(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """TransNeXt-Micro with aggregated attention in all four stages: 13.1M parameters, 3.3G multiply-adds at 256."""
     args = {**_MICRO, "mlp_ratios": (8, 8, 4, 4), "pool_ratios": (16, 8, 4, 2), "pretrain_size": 256, "img_size": 256}
-    return timm_model(transnext, "transnext_micro_aaaa", pretrained, **dict(args, **kwargs))
+    return _variant("transnext_micro_aaaa", pretrained, **dict(args, **kwargs))

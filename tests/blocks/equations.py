@@ -14,9 +14,13 @@ from foveal.models.stage import StageModule
 from foveal.ops import PositionBias, reference
 
 
+def convolved(conv, x: Tensor) -> Tensor:
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 def conv_glu(block, x: Tensor) -> Tensor:
     gate, value = block.fc1(x).chunk(2, dim=-1)
-    return block.drop(block.fc2(block.drop(block.act(block.dwconv(gate)) * value)))
+    return block.drop(block.fc2(block.drop(block.act(convolved(block.dwconv, gate)) * value)))
 
 
 def glu(block, x: Tensor) -> Tensor:
@@ -26,25 +30,25 @@ def glu(block, x: Tensor) -> Tensor:
 
 def conv_glu_type1(block, x: Tensor) -> Tensor:
     gate, value = block.fc1(x).chunk(2, dim=-1)
-    return block.drop(block.fc2(block.drop(value * block.dwconv(block.act(gate)))))
+    return block.drop(block.fc2(block.drop(value * convolved(block.dwconv, block.act(gate)))))
 
 
 def conv_glu_type2(block, x: Tensor) -> Tensor:
     gate, value = block.fc1(x).chunk(2, dim=-1)
-    return block.drop(block.fc2(block.drop(block.dwconv(value) * block.act(gate))))
+    return block.drop(block.fc2(block.drop(convolved(block.dwconv, value) * block.act(gate))))
 
 
 def conv_glu_type3(block, x: Tensor) -> Tensor:
     gate, value = block.fc1(x).chunk(2, dim=-1)
-    return block.drop(block.fc2(block.drop(block.dwconv(value * block.act(gate)))))
+    return block.drop(block.fc2(block.drop(convolved(block.dwconv, value * block.act(gate)))))
 
 
 def conv_ffn(block, x: Tensor) -> Tensor:
-    return block.drop(block.fc2(block.drop(block.act(block.dwconv(block.fc1(x))))))
+    return block.drop(block.fc2(block.drop(block.act(convolved(block.dwconv, block.fc1(x))))))
 
 
 def overlap_patch_embed(block, x: Tensor) -> Tensor:
-    return block.norm(block.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    return block.norm(convolved(block.proj, x))
 
 
 def activate_and_pool(block, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -94,7 +98,7 @@ def cosine_attention(block, x: Tensor) -> Tensor:
 
 def spatial_reduction_attention(block, x: Tensor) -> Tensor:
     q = rearrange(block.q(x), "b h w (n d) -> b n (h w) d", n=block.num_heads)
-    reduced = block.norm(block.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    reduced = block.norm(convolved(block.sr, x))
     k, v = rearrange(block.kv(reduced), "b h w (p n d) -> p b n (h w) d", p=2, n=block.num_heads)
     out = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return block.proj_drop(block.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=x.shape[1])))

@@ -78,7 +78,7 @@ def test_empty_weights_then_a_checkpoint(tmp_path):
     assert {p.device.type for p in net.parameters()} == {"meta"}
     full, x = small().eval(), torch.randn(2, 3, 32, 40)
     torch.save(full.state_dict(), tmp_path / "net.pt")
-    net = accelerate.load_checkpoint_and_dispatch(net.eval(), tmp_path / "net.pt", device_map={"": "cpu"})
+    net = accelerate.load_checkpoint_and_dispatch(net.eval(), str(tmp_path / "net.pt"), device_map={"": "cpu"})
     with torch.no_grad():
         assert_near(net(x), full(x), tol=1e-6)
 

@@ -29,7 +29,8 @@ def test_a_program_of_a_checkpoint(example, shallow, tmp_path, capsys):
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     args = ["--model", "transnext_micro", "--checkpoint", str(tmp_path / "weights.safetensors"), "--size", "64"]
     example.main([*args, "--rounds", "1", "--output", str(tmp_path)])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "writing and checking pt2" in err  # the progress bar
     assert "for images of 64 x 64 pixels" in out
     differences = [float(value) for value in re.findall(r"differs by ([\d.e+-]+)", out)]
     assert len(differences) == 2  # at the batch it was exported with, and at another

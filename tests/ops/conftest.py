@@ -5,6 +5,7 @@ import torch
 
 from foveal.ops.backend import COMPILED_DTYPES
 from foveal.ops.compiled import library
+from tests.ops import cuda_emulator
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -41,3 +42,10 @@ def device(request):
         pytest.skip(why_not)
     with torch.backends.cudnn.flags(allow_tf32=False), torch.device(device_type):  # full float32 in the reference
         yield device_type
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """The CUDA kernels on the host, built and loaded at their first test."""
+    if reason := cuda_emulator.why_not():
+        pytest.skip(reason)

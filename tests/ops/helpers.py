@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from foveal.ops import backend
-from foveal.ops.compiled import library
 
 # Of which a device's kernels serve some: a test over them runs with those (conftest.py).
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -23,7 +22,7 @@ CAP = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfl
 DRAWS = 4
 
 on_devices = pytest.mark.on_devices  # see conftest.py
-needs_compiler = pytest.mark.skipif(library.why_not("cpu") is not None, reason=str(library.why_not("cpu")))
+needs_compiler = pytest.mark.usefixtures("cpu_kernels")  # of tests/conftest.py
 
 
 def results(

@@ -211,7 +211,7 @@ class _Gates(torch.utils.data.Dataset):
 
 
 @needs_compiler
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 def test_works_in_forked_workers_after_use_in_the_parent():
     expected = _Gates()[0]
     for batch in torch.utils.data.DataLoader(_Gates(), num_workers=2, batch_size=2, multiprocessing_context="fork"):

@@ -4,7 +4,6 @@
 real one does; :func:`emulated` runs them on CPU tensors in place of foveal's ops.
 """
 
-import functools
 import platform
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +46,8 @@ def _target() -> recipes.Target:
     return recipes.Target("emulated cuda", name, recipes.hash_of(*tools, flags), tools.ninja, "\n".join(rules))
 
 
-@functools.cache
 def why_not() -> str | None:
-    """Why the emulated kernels cannot run, or None if they can. The first call builds and loads them."""
+    """Why the emulated kernels cannot run, or None if they can. Builds and loads them."""
     if torch.cuda.is_available():
         return "there is a GPU, whose kernels take the place of the emulated ones (hide it: CUDA_VISIBLE_DEVICES=)"
     if not toolchain.SUPPORTED:
@@ -63,7 +61,7 @@ def why_not() -> str | None:
     return None
 
 
-needs_emulator = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+needs_emulator = pytest.mark.usefixtures("emulator")  # of conftest.py
 
 
 class _OnEmulatedDevice(TorchDispatchMode):
