@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.analysis._evaluating import evaluating
-from foveal.analysis.flops import MISSING_IN_TORCH
+from foveal.analysis.flops import MISSING_IN_TORCH, flop_counter
 from foveal.analysis.parameters import count_parameters
 
 REST = "(between blocks)"
@@ -73,7 +72,7 @@ def profile_blocks(model: nn.Module, images: Tensor, blocks: Sequence[str] | Non
             saved[running[-1]] += storage.nbytes()
         return x
 
-    counter = FlopCounterMode(display=False, custom_mapping=dict(MISSING_IN_TORCH))
+    counter = flop_counter(MISSING_IN_TORCH, running)
     with (
         evaluating(model),
         torch.inference_mode(False),
@@ -84,11 +83,7 @@ def profile_blocks(model: nn.Module, images: Tensor, blocks: Sequence[str] | Non
     ):
         model(images)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    prefix = type(model).__name__
-    costs = [
-        BlockCost(name, count_parameters(known[name]), flops.get(f"{prefix}.{name}".rstrip("."), 0), saved[name])
-        for name in names
-    ]
+    costs = [BlockCost(name, count_parameters(known[name]), flops.get(name, 0), saved[name]) for name in names]
     sums = [sum(column) for column in list(zip(*costs, strict=True))[1:]]
     totals = count_parameters(model), flops.get("Global", 0), sum(saved.values())
     rest = BlockCost(REST, *(total - part for total, part in zip(totals, sums, strict=True)))

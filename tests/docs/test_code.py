@@ -5,6 +5,8 @@ language, as in ```python needs-gpu, and is only compiled. Weights of the hub st
 """
 
 import re
+import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -34,12 +36,13 @@ def blocks(page):
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = {}
+    module = types.ModuleType(f"page_{page.stem}")  # what timm registers is looked up in its module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     with mock.patch("timm.create_model", without_hub):
         for needs, code, printed in blocks(page):
             assert needs in ("", "needs-hub", "needs-data", "needs-gpu")
             if needs:
                 continue
             capsys.readouterr()
-            exec(code, namespace)
+            exec(code, vars(module))
             assert printed in (None, capsys.readouterr().out)
