@@ -1,5 +1,6 @@
 """Building blocks over channels-last maps, ``(B, H, W, C) -> (B, H', W', C')``, at any H, W >= 1."""
 
+from foveal.blocks import inference as _inference  # noqa: F401 (registers the readings)
 from foveal.blocks.activate_and_pool import ActivateAndPool
 from foveal.blocks.aggregated_attention import AggregatedAttention
 from foveal.blocks.conv_ffn import ConvFFN

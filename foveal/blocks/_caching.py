@@ -47,21 +47,26 @@ class KeptByContent:
 
     def __init__(self, size: int = 4):
         self._size = size
-        self._entries: dict[Any, tuple[Tensor, Any]] = {}
+        self._entries: dict[Any, tuple[list[Tensor], Any]] = {}
 
     def get(self, key: tuple, weights: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
-        """``compute()``, or what it returned when the weights, few, small and on one device, were the same."""
-        with torch.inference_mode(False), torch.no_grad():
-            content = torch.cat([weight.detach().flatten() for weight in weights])
-            key = *key, content.device, *[weight.dtype for weight in weights]
-            entry = self._entries.get(key)
-            if entry is None or not torch.equal(entry[0], content):
-                entry = content, compute()
-                self._entries.pop(key, None)
-                for oldest in list(self._entries)[: 1 - self._size or None]:
-                    self._entries.pop(oldest, None)
-                self._entries[key] = entry
+        """``compute()``, or what it returned when the weights, few, small and on one device, held the same."""
+        key = *key, *[(weight.device, weight.dtype, weight.shape) for weight in weights]
+        entry = self._entries.get(key)
+        if entry is None or not _equal(entry[0], weights):
+            with torch.inference_mode(False), torch.no_grad():
+                entry = [weight.detach().clone() for weight in weights], compute()
+            self._entries.pop(key, None)
+            for oldest in list(self._entries)[: 1 - self._size or None]:
+                self._entries.pop(oldest, None)
+            self._entries[key] = entry
         return entry[1]
 
     def __reduce__(self) -> tuple:
         return KeptByContent, (self._size,)
+
+
+def _equal(kept: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    if weights[0].device.type == "cpu":
+        return all(map(torch.equal, kept, weights))
+    return bool(torch.stack([(a == b).all() for a, b in zip(kept, weights, strict=True)]).all())  # waits but once

@@ -49,14 +49,13 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
     It does not where somebody has replaced, wrapped, subclassed, hooked, reparametrised, quantised or compiled it, set
     it up otherwise than foveal does, or keeps its weights elsewhere between calls. Then it is to be called.
     """
-    kind = type(module)
-    return (
-        isinstance(x, Tensor)
-        and _FORWARDS.get(kind) is kind.forward
-        and is_untouched(module)
-        and all(p is None or (type(p) is nn.Parameter and p.device == x.device) for p in module._parameters.values())
-        and _is_set_up_as_usual(module)
-    )
+    kind: Any = type(module)
+    if not isinstance(x, Tensor) or _FORWARDS.get(kind) is not kind.forward or not is_untouched(module):
+        return False
+    for parameter in module._parameters.values():
+        if parameter is not None and (type(parameter) is not nn.Parameter or parameter.device != x.device):
+            return False
+    return _is_set_up_as_usual(module)
 
 
 def are_plain(x: Tensor, *modules: nn.Module) -> bool:
@@ -91,12 +90,14 @@ def weights_of(*layers: Any) -> list[Any]:
 def _is_set_up_as_usual(module: Any) -> bool:
     """Parameters where the class keeps them, and the settings that foveal's ops assume."""
     kind, parameters = type(module), module._parameters
-    if kind in (nn.Linear, nn.Conv2d) and (parameters.get("weight") is None or "bias" not in parameters):
-        return False
+    if kind is nn.Linear:
+        return parameters.get("weight") is not None and "bias" in parameters
     if kind is nn.LayerNorm:
         return len(module.normalized_shape) == 1 and "weight" in parameters and "bias" in parameters
     if kind is nn.Conv2d:  # a depthwise one that keeps the size
+        if parameters.get("weight") is None or "bias" not in parameters or module.padding_mode != "zeros":
+            return False
         channels, _, size, _ = shape_of(module.weight)
         same_size = module.padding == (size // 2, size // 2) and module.stride == module.dilation == (1, 1)
-        return same_size and module.padding_mode == "zeros" and module.groups == channels
+        return same_size and module.groups == channels
     return True

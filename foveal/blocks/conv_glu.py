@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from foveal.blocks._checks import check_map
-from foveal.blocks._plain import activation_name, are_plain, is_idle, weights_of
+from foveal.blocks._plain import activation_name, is_plain
 from foveal.blocks.depthwise_conv import convolve
 from foveal.blocks.glu import DepthwiseGLU, halves
-from foveal.ops import conv_glu, depthwise_gate
+from foveal.ops import depthwise_gate
 
 
 class ConvGLU(DepthwiseGLU):
@@ -29,19 +29,12 @@ class ConvGLU(DepthwiseGLU):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        if act := self.fused_act(x):
-            return conv_glu(x, *weights_of(self.fc1, self.dwconv, self.fc2), act=act)
         return self.drop(self.fc2(self.drop(self.gated(self.fc1(x)))))
 
     def gated(self, x: Tensor) -> Tensor:
-        """``act(dwconv(gate)) * value`` of ``x = [gate | value]``, in one pass where its layers are plain."""
+        """``act(dwconv(gate)) * value`` of ``x = [gate | value]``, by one op where both layers are plain."""
         act = activation_name(self.act, x)
-        if act and are_plain(x, self.dwconv):
+        if act and is_plain(self.dwconv, x):
             return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, act)
         gate, value = halves(x)
         return self.act(convolve(self.dwconv, gate)) * value
-
-    def fused_act(self, x: Tensor) -> str | None:
-        """The activation's name, where one op may stand for all layers; None where they are to be called."""
-        plain = is_idle(self.drop, x) and are_plain(x, self.fc1, self.dwconv, self.fc2)
-        return activation_name(self.act, x) if plain else None

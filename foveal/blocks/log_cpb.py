@@ -104,7 +104,7 @@ class LogCPB(MapModule):
 
     def _may_be_read(self, like: Tensor) -> bool:
         """Whether the bias is a function of the layers' weights alone."""
-        return are_plain(like, self.fc1, self.fc2) and None not in (self.fc1.bias, self.fc2.bias)
+        return are_plain(like, self.fc1, self.fc2) and self.fc1.bias is not None and self.fc2.bias is not None
 
     def _may_keep(self, like: Tensor) -> bool:
         """Whether the bias is a function of weights that nobody differentiates."""

@@ -1,17 +1,13 @@
 """ConvGLU as a whole, from its weights."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.ops._checks import check_dim, check_shape
+from foveal.ops._slices import in_slices
 from foveal.ops.backend import infers_on_cpu
 from foveal.ops.gate import depthwise_gate
 from foveal.ops.tracing import shape_of
-
-# Of an intermediate. The allocator maps what is larger than 32 MiB anew at every call, and faulting the pages in takes
-# longer than the layer that fills them; half of that was the best of 4 to 32 MiB, measured with 2 threads.
-SLICE_BYTES = 16 << 20
 
 
 def conv_glu(
@@ -47,17 +43,15 @@ def conv_glu(
     """
     check_dim("x", x, "(B, H, W, C)")
     check_dim("weight1", weight1, "(2 hidden, C)")
-    batch, height, width, channels = shape_of(x)
-    hidden = shape_of(conv_weight)[0]
+    channels, hidden = shape_of(x)[-1], shape_of(conv_weight)[0]
     check_shape("weight1", weight1, (2 * hidden, channels), "(2 hidden, C)")
     check_shape("weight2", weight2, (shape_of(weight2)[0], hidden), "(D, hidden)")
     if not infers_on_cpu(x):
         gated = depthwise_gate(F.linear(x, weight1, bias1), conv_weight, conv_bias, act)
         return F.linear(gated, weight2, bias2)
 
-    def some(x: Tensor) -> Tensor:
+    def few(x: Tensor) -> Tensor:
         gated = depthwise_gate(F.linear(x, weight1), conv_weight, conv_bias, act, input_bias=bias1)
         return F.linear(gated, weight2, bias2)
 
-    images = max(1, SLICE_BYTES // max(1, height * width * 2 * hidden * x.element_size()))
-    return some(x) if images >= batch else torch.cat([some(part) for part in x.split(images)])
+    return in_slices(few, x, 2 * hidden)

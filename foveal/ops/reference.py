@@ -33,9 +33,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """``x / |x|`` over the last axis, in at least float32; a vector shorter than 1e-12 is zero and has no gradient."""
     x = at_least_float32(x)
-    short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) < _SHORTEST
-    x = x.masked_fill(short, 1.0)  # of which all derivatives are finite
-    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).masked_fill(short, 0.0)
+    squares = x.square().sum(dim=-1, keepdim=True)
+    return x / squares.masked_fill(squares < _SHORTEST**2, math.inf).sqrt()
 
 
 @torch.compiler.assume_constant_result

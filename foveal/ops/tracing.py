@@ -11,14 +11,14 @@ def is_exporting() -> bool:
 
     ``torch.compiler.is_exporting()`` would not do: in PyTorch 2.11 it answers yes in every graph of ``torch.compile``.
     """
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
 def shape_of(x: Tensor) -> Sequence[int]:
     """``x.shape``, in a trace of torch.jit as plain integers: what depends on them holds for the traced size."""
-    if not torch.jit.is_tracing():
-        return x.shape
     state = torch._C._get_tracing_state()
+    if state is None:
+        return x.shape
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return tuple(x.shape)

@@ -21,7 +21,7 @@ def by_hand(x, weight1, bias1, conv_weight, conv_bias, weight2, bias2, act):
 @pytest.fixture
 def rows(monkeypatch):
     """Slices of at most two images of 5 x 4 cells and 20 channels in float32; the batches that the layers see."""
-    monkeypatch.setattr("foveal.ops.glu.SLICE_BYTES", 2 * 5 * 4 * 20 * 4 + 3)
+    monkeypatch.setattr("foveal.ops._slices.SLICE_BYTES", 2 * 5 * 4 * 20 * 4 + 3)
     seen = []
     original = F.linear
     monkeypatch.setattr(F, "linear", lambda x, *args: seen.append(len(x)) or original(x, *args))
