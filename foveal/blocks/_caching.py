@@ -50,10 +50,9 @@ class KeptByContent:
         self._entries: dict[Any, tuple[list[Tensor], Any]] = {}
 
     def get(self, key: tuple, weights: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
-        """``compute()``, or what it returned when the weights, few, small and on one device, held the same."""
-        key = *key, *[(weight.device, weight.dtype, weight.shape) for weight in weights]
+        """``compute()``, or what it returned when the weights, few and small, held the same on the same device."""
         entry = self._entries.get(key)
-        if entry is None or not _equal(entry[0], weights):
+        if entry is None or not _all_equal(entry[0], weights):
             with torch.inference_mode(False), torch.no_grad():
                 entry = [weight.detach().clone() for weight in weights], compute()
             self._entries.pop(key, None)
@@ -66,7 +65,10 @@ class KeptByContent:
         return KeptByContent, (self._size,)
 
 
-def _equal(kept: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+def _all_equal(kept: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    for a, b in zip(kept, weights, strict=True):
+        if a.device != b.device or a.dtype != b.dtype or a.shape != b.shape:
+            return False
     if weights[0].device.type == "cpu":
         return all(map(torch.equal, kept, weights))
     return bool(torch.stack([(a == b).all() for a, b in zip(kept, weights, strict=True)]).all())  # waits but once

@@ -22,7 +22,7 @@ class MapModule(nn.Module):
         if tracer is not None:
             return tracer.call_module(self, lambda *args, **kwargs: _whole(tracer, self, args, kwargs), args, kwargs)
         if args and not kwargs and infers_on_cpu(args[0]):
-            branch = read(self, *args)
+            branch = read(self, *args, apart=False)
             if branch is not None:
                 return branch.total()
         return super().__call__(*args, **kwargs)
@@ -38,8 +38,11 @@ def _whole(tracer: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) 
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
-def read(block: nn.Module, *inputs: Any) -> Any:
-    """A block's result by its reading, a Branch; None where it has none, or it, or a child, has been altered."""
+def read(block: nn.Module, *inputs: Any, apart: bool) -> Any:
+    """A block's result by its reading, a Branch; None where it has none, or it, or a child, has been altered.
+
+    ``apart``: whether the branch may leave its last bias apart.
+    """
     kind: Any = type(block)
     forward, reading = READINGS.get(kind, (None, None))
-    return reading(block, *inputs) if reading and forward is kind.forward and is_untouched(block) else None
+    return reading(block, *inputs, apart) if reading and forward is kind.forward and is_untouched(block) else None

@@ -52,8 +52,9 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
     kind: Any = type(module)
     if not isinstance(x, Tensor) or _FORWARDS.get(kind) is not kind.forward or not is_untouched(module):
         return False
+    device = x.device
     for parameter in module._parameters.values():
-        if parameter is not None and (type(parameter) is not nn.Parameter or parameter.device != x.device):
+        if parameter is not None and (type(parameter) is not nn.Parameter or parameter.device != device):
             return False
     return _is_set_up_as_usual(module)
 
@@ -95,9 +96,10 @@ def _is_set_up_as_usual(module: Any) -> bool:
     if kind is nn.LayerNorm:
         return len(module.normalized_shape) == 1 and "weight" in parameters and "bias" in parameters
     if kind is nn.Conv2d:  # a depthwise one that keeps the size
-        if parameters.get("weight") is None or "bias" not in parameters or module.padding_mode != "zeros":
+        weight = parameters.get("weight")
+        if weight is None or "bias" not in parameters or module.padding_mode != "zeros":
             return False
-        channels, _, size, _ = shape_of(module.weight)
+        channels, _, size, _ = shape_of(weight)
         same_size = module.padding == (size // 2, size // 2) and module.stride == module.dilation == (1, 1)
         return same_size and module.groups == channels
     return True

@@ -27,7 +27,7 @@ from foveal.ops.reference import add_branch, biased
 
 
 class Branch(NamedTuple):
-    """What a reading returns, in two parts whose sum it is: a map, and a bias ``(C,)`` or None."""
+    """What a reading returns, in two parts whose sum it is: a map, and a bias ``(C,)`` that it may have left apart."""
 
     map: Tensor
     bias: Tensor | None = None
@@ -37,7 +37,10 @@ class Branch(NamedTuple):
 
 
 def reads(*kinds: type[nn.Module]) -> Callable[[Callable], Callable]:
-    """Register the reading of block classes, which returns None where a layer that it would read has been altered."""
+    """Register the reading of block classes: of a block, its inputs, and whether the last bias may be left apart.
+
+    It returns None where a layer that it would read has been altered.
+    """
 
     def register(reading: Callable) -> Callable:
         _module.READINGS.update({kind: (kind.forward, reading) for kind in kinds})
@@ -46,41 +49,43 @@ def reads(*kinds: type[nn.Module]) -> Callable[[Callable], Callable]:
     return register
 
 
-def read(block: nn.Module, *inputs: Tensor | Grid) -> Branch:
-    """``block(*inputs)``, by its reading if it has one that serves."""
-    return _module.read(block, *inputs) or Branch(block(*inputs))
+def read(block: nn.Module, x: Tensor) -> Branch:
+    """``block(x)``, by its reading if it has one that serves."""
+    return _module.read(block, x, apart=True) or Branch(block(x))
 
 
 @reads(ConvGLU)
-def _conv_glu(block: ConvGLU, x: Tensor) -> Branch | None:
+def _conv_glu(block: ConvGLU, x: Tensor, apart: bool) -> Branch | None:
     check_map(x, block.dim)
     act = activation_name(block.act, x)
     if act is None or not is_idle(block.drop, x) or not are_plain(x, block.fc1, block.dwconv, block.fc2):
         return None
-    weights = [*weights_of(block.fc1, block.dwconv), block.fc2.weight, None]
-    return Branch(conv_glu(x, *weights, act=act), block.fc2.bias)
+    *weights, bias = weights_of(block.fc1, block.dwconv, block.fc2)
+    inside, outside = (None, bias) if apart else (bias, None)
+    return Branch(conv_glu(x, *[*weights, inside], act=act), outside)
 
 
 @reads(GLU, ConvGLUType1, ConvGLUType2, ConvGLUType3)
-def _glu(block: GLU, x: Tensor) -> Branch | None:
+def _glu(block: GLU, x: Tensor, apart: bool) -> Branch | None:
     check_map(x, block.dim)
     return Branch(in_slices(block.forward, x, 2 * block.hidden_dim)) if are_plain(x, *block.children()) else None
 
 
 @reads(PixelFocusedAttention, AggregatedAttention)
-def _pixel_focused_attention(block: PixelFocusedAttention, x: Tensor) -> Branch | None:
+def _pixel_focused_attention(block: PixelFocusedAttention, x: Tensor, apart: bool) -> Branch | None:
     check_map(x, block.dim)
     if not are_plain(x, block.qkv, block.proj) or not is_idle(block.proj_drop, x):
         return None
     q, k, v = block.heads(F.linear(x, block.qkv.weight), 3)
-    k_pool, v_pool = block.heads(block.pooled_kv(read(block.pool, x, block.key_grid(grid_of(x))).total()), 2)
+    k_pool, v_pool = block.heads(block.pooled_kv(block.pool(x, block.key_grid(grid_of(x)))), 2)
     bias = None if block.qkv.bias is None else block.qkv.bias.unflatten(0, (3, block.num_heads, -1))
     out = aggregated_attention(q, k, v, k_pool, v_pool, **block.terms(x), input_bias=bias)
-    return Branch(F.linear(out.flatten(3), block.proj.weight), block.proj.bias)
+    inside, outside = (None, block.proj.bias) if apart else (block.proj.bias, None)
+    return Branch(F.linear(out.flatten(3), block.proj.weight, inside), outside)
 
 
 @reads(ActivateAndPool)
-def _activate_and_pool(pool: ActivateAndPool, x: Tensor, grid: Grid) -> Branch | None:
+def _activate_and_pool(pool: ActivateAndPool, x: Tensor, grid: Grid, apart: bool) -> Branch | None:
     check_map(x, pool.dim)
     act = activation_name(pool.act, x)
     if act is None or not is_plain(pool.proj, x):
@@ -90,7 +95,7 @@ def _activate_and_pool(pool: ActivateAndPool, x: Tensor, grid: Grid) -> Branch |
 
 
 @reads(OverlapPatchEmbed)
-def _overlap_patch_embed(block: OverlapPatchEmbed, x: Tensor) -> Branch:
+def _overlap_patch_embed(block: OverlapPatchEmbed, x: Tensor, apart: bool) -> Branch:
     check_map(x, block.in_chans)
     return Branch(normalize(convolve(block.proj, x), block.norm))
 
