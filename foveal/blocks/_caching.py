@@ -23,19 +23,29 @@ def may_keep_tensors() -> bool:
     )
 
 
-def cached_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember the last results of a function of sizes and a device."""
+def cached_by_size(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Remember the last results of a function of sizes and a device, as long as nobody writes into them."""
 
     @lru_cache(maxsize=128)
-    def kept(*sizes: Any) -> Any:
+    def kept(*sizes: Any) -> tuple[tuple[Tensor, ...], list[int]]:
         with torch.inference_mode(False):
-            return function(*sizes)
+            return _with_versions(function(*sizes))
 
     @wraps(function)
-    def wrapper(*sizes: Any) -> Any:
-        return kept(*sizes) if may_keep_tensors() else function(*sizes)
+    def wrapper(*sizes: Any) -> tuple[Tensor, ...]:
+        if not may_keep_tensors():
+            return function(*sizes)
+        tensors, versions = kept(*sizes)
+        if [x._version for x in tensors] == versions:
+            return tensors
+        kept.cache_clear()
+        return kept(*sizes)[0]
 
     return wrapper
+
+
+def _with_versions(tensors: Any) -> tuple[Any, list[int]]:
+    return tensors, [x._version for x in tensors]
 
 
 class KeptByContent:
@@ -47,19 +57,23 @@ class KeptByContent:
 
     def __init__(self, size: int = 4):
         self._size = size
-        self._entries: dict[Any, tuple[list[Tensor], Any]] = {}
+        self._entries: dict[Any, tuple[list[Tensor], Any, list[int]]] = {}
 
     def get(self, key: tuple, weights: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
-        """``compute()``, or what it returned when the weights, few and small, held the same on the same device."""
-        entry = self._entries.get(key)
-        if entry is None or not _all_equal(entry[0], weights):
+        """The tensors of ``compute()``, or the kept ones if the weights, few and small, still hold the same values.
+
+        Nobody may have written into the kept ones either.
+        """
+        kept, tensors, versions = self._entries.get(key, (None, (), []))
+        if kept is None or [x._version for x in tensors] != versions or not _all_equal(kept, weights):
             with torch.inference_mode(False), torch.no_grad():
-                entry = [weight.detach().clone() for weight in weights], compute()
+                kept = [weight.detach().clone() for weight in weights]
+                tensors, versions = _with_versions(compute())
             self._entries.pop(key, None)
-            for oldest in list(self._entries)[: 1 - self._size or None]:
-                self._entries.pop(oldest, None)
-            self._entries[key] = entry
-        return entry[1]
+            while len(self._entries) >= self._size:
+                self._entries.pop(next(iter(self._entries)), None)
+            self._entries[key] = kept, tensors, versions
+        return tensors
 
     def __reduce__(self) -> tuple:
         return KeptByContent, (self._size,)

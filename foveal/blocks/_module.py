@@ -18,7 +18,7 @@ class MapModule(nn.Module):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tracer: Any = next((arg.tracer for arg in args if isinstance(arg, fx.Proxy)), None)
+        tracer: Any = next((arg.tracer for arg in (*args, *kwargs.values()) if isinstance(arg, fx.Proxy)), None)
         if tracer is not None:
             return tracer.call_module(self, lambda *args, **kwargs: _whole(tracer, self, args, kwargs), args, kwargs)
         if args and not kwargs and infers_on_cpu(args[0]):

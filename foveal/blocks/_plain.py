@@ -38,7 +38,7 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl
-        or "forward" in vars(module)
+        or getattr(module.forward, "__func__", None) is not type(module).forward
         or torch_module._has_any_global_hook()
     )
 

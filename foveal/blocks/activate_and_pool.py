@@ -9,6 +9,7 @@ from foveal.blocks._initialization import init_convolution
 from foveal.blocks._module import MapModule
 from foveal.blocks._plain import activation_name
 from foveal.ops import activate_and_pool
+from foveal.ops.tracing import integers
 
 
 class ActivateAndPool(MapModule):
@@ -45,7 +46,7 @@ class ActivateAndPool(MapModule):
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Pool ``x`` of shape ``(B, H, W, C)`` to ``grid`` = (Hp, Wp) cells."""
         check_map(x, self.dim)
-        x = self.proj(x)
+        x, grid = self.proj(x), integers(lambda: grid)
         if act := activation_name(self.act, x):
             return self.norm(activate_and_pool(x, grid, act))
-        return self.norm(activate_and_pool(self.act(x), grid, "identity"))
+        return self.norm(activate_and_pool(self.act(x), grid, "identity"))  # pooling alone

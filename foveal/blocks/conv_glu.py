@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from foveal.blocks._checks import check_map
 from foveal.blocks._plain import activation_name, is_plain
 from foveal.blocks.depthwise_conv import convolve
-from foveal.blocks.glu import DepthwiseGLU, halves
+from foveal.blocks.glu import DepthwiseGLU
 from foveal.ops import depthwise_gate
 
 
@@ -27,14 +26,12 @@ class ConvGLU(DepthwiseGLU):
         torch.Size([2, 14, 14, 96])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.dim)
-        return self.drop(self.fc2(self.drop(self.gated(self.fc1(x)))))
+    def mix(self, gate: Tensor, value: Tensor) -> Tensor:
+        return self.act(convolve(self.dwconv, gate)) * value
 
     def gated(self, x: Tensor) -> Tensor:
-        """``act(dwconv(gate)) * value`` of ``x = [gate | value]``, by one op where both layers are plain."""
+        """The same of ``x = [gate | value]``, by one op where the layers are plain."""
         act = activation_name(self.act, x)
-        if act and is_plain(self.dwconv, x):
-            return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, act)
-        gate, value = halves(x)
-        return self.act(convolve(self.dwconv, gate)) * value
+        if act is None or not is_plain(self.dwconv, x) or type(self).mix is not ConvGLU.mix:
+            return super().gated(x)
+        return depthwise_gate(x, self.dwconv.weight, self.dwconv.bias, act)

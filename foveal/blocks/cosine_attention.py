@@ -18,7 +18,7 @@ from foveal.ops.reference import at_least_float32, unit
 
 
 class LengthScaledCosineAttention(MapModule):
-    """Softmax of ``(q^ + QE) softplus(tau) log(N) . k^ + B`` over all N = H * W cells (equation 9).
+    """``softmax((q^ + QE) softplus(tau) log(N) k^T + B) v`` over all N = H * W cells (equation 9).
 
     Maps ``(B, H, W, C)`` to the same shape, at any H, W >= 1.
 
@@ -92,14 +92,9 @@ class LengthScaledCosineAttention(MapModule):
         check_map(x, self.dim)
         grid = grid_of(x)
         q, k, v = self._heads(self.qkv(x))
-        x = dense_attention(
-            self._scaled(q, grid).to(v.dtype),
-            unit(k).to(v.dtype),
-            v,
-            self._bias(x, v.dtype),
-            scale=1.0,
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
+        query, key = self._scaled(q, grid).to(v.dtype), unit(k).to(v.dtype)
+        drop = self.attn_drop if self.training else 0.0
+        x = dense_attention(query, key, v, self._bias(x, v.dtype), scale=1.0, dropout_p=drop)
         return self.proj_drop(self.proj(rearrange(x, "b n (h w) d -> b h w (n d)", h=grid[0])))
 
     def attention_weights(self, x: Tensor) -> AttentionWeights:

@@ -11,7 +11,7 @@ from foveal.blocks.depthwise_conv import convolve, depthwise_conv
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and value of ``x = [gate | value]``: slices, which unlike chunks an activation may overwrite."""
+    """Gate and value of ``x = [gate | value]``: slices, which autograd lets an activation overwrite, unlike chunks."""
     hidden = x.shape[-1] // 2
     return x[..., :hidden], x[..., hidden:]
 
@@ -57,8 +57,11 @@ class GLU(MapModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        gate, value = halves(self.fc1(x))
-        return self.drop(self.fc2(self.drop(self.mix(gate, value))))
+        return self.drop(self.fc2(self.drop(self.gated(self.fc1(x)))))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """The value, gated, of ``x = [gate | value]``: ``(B, H, W, 2 hidden)`` to ``(B, H, W, hidden)``."""
+        return self.mix(*halves(x))
 
     def mix(self, gate: Tensor, value: Tensor) -> Tensor:
         return value * self.act(gate)

@@ -1,8 +1,8 @@
-"""The second reading of the blocks: the same modules, the same numbers, as fused ops on their weights.
+"""The second reading of the blocks: the same modules, the same numbers up to rounding, as fused ops on their weights.
 
 A block's forward is its equation and calls its children. In inference on the CPU a call of the block, or a stage that
-holds it, takes its reading instead, where nobody has altered the block or a child: a bias is left to the pass that
-comes next anyway, and wide maps are worked off a few images at a time.
+holds it, takes its reading instead, where nobody has altered the block or a child: the bias of a Linear is added by the
+op that reads its output, and wide maps are worked off a few images at a time.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Branch(NamedTuple):
 def reads(*kinds: type[nn.Module]) -> Callable[[Callable], Callable]:
     """Register the reading of block classes: of a block, its inputs, and whether the last bias may be left apart.
 
-    It returns None where a layer that it would read has been altered.
+    It returns None where it does not serve: a layer that it would read has been altered, or drops.
     """
 
     def register(reading: Callable) -> Callable:
@@ -74,7 +74,8 @@ def _glu(block: GLU, x: Tensor, apart: bool) -> Branch | None:
 @reads(PixelFocusedAttention, AggregatedAttention)
 def _pixel_focused_attention(block: PixelFocusedAttention, x: Tensor, apart: bool) -> Branch | None:
     check_map(x, block.dim)
-    if not are_plain(x, block.qkv, block.proj) or not is_idle(block.proj_drop, x):
+    drops = block.training and block.attn_drop > 0
+    if drops or not are_plain(x, block.qkv, block.proj) or not is_idle(block.proj_drop, x):
         return None
     q, k, v = block.heads(F.linear(x, block.qkv.weight), 3)
     k_pool, v_pool = block.heads(block.pooled_kv(block.pool(x, block.key_grid(grid_of(x)))), 2)
@@ -109,7 +110,7 @@ def add_and_normalize(
     x: Tensor, branch: Branch | None, norm: nn.Module, owned: bool = False
 ) -> tuple[Tensor, Tensor, bool]:
     """A stream with a branch added, its norm, and whether nobody else holds the stream."""
-    if type(norm) is not nn.LayerNorm or not is_plain(norm, x):
+    if type(norm) is not nn.LayerNorm or not is_plain(norm, x) or norm.normalized_shape != x.shape[-1:]:
         x = add(x, branch)
         return x, norm(x), False
     y, bias = branch or (None, None)

@@ -1,5 +1,6 @@
 """Log-CPB: a position bias computed from log-spaced relative coordinates, for a map of any size."""
 
+import math
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from foveal.blocks._checks import Grid, check_positive
 from foveal.blocks._initialization import init_linear
 from foveal.blocks._module import MapModule
 from foveal.blocks._plain import are_plain, weights_of
-from foveal.ops import PositionBias, log_cpb_table, reference
+from foveal.ops import PositionBias, current_backend, log_cpb_table, reference
 from foveal.ops.tracing import is_exporting
 
 _RANGE = 8.0  # relative coordinates are stretched to [-8, 8] at the pre-training size, then log-compressed to [-1, 1]
@@ -21,7 +22,7 @@ def log_spaced(offset: Tensor, pretrain_length: int) -> Tensor:
     if pretrain_length == 1:
         return torch.zeros_like(offset)
     relative = offset * (_RANGE / (pretrain_length - 1))
-    return relative.sign() * torch.log2(1 + relative.abs()) / 3  # log2(8)
+    return relative.sign() * torch.log2(1 + relative.abs()) / math.log2(_RANGE)
 
 
 relative_offsets = cached_by_size(reference.relative_offsets)
@@ -30,8 +31,9 @@ relative_offsets = cached_by_size(reference.relative_offsets)
 class LogCPB(MapModule):
     """A position bias from an MLP over log-spaced relative coordinates (equation 11).
 
-    The MLP, 2 -> hidden -> heads with ReLU, sees each distinct pair of a row and a column offset once. In eval mode the
-    bias is kept for the last few sizes, together with the weights that it was made of.
+    The MLP, 2 -> hidden -> heads with ReLU, sees each distinct pair of a row and a column offset once. In eval mode,
+    where nobody differentiates or has altered its layers, the bias of the last few sizes is kept, with the weights
+    that it was made of.
 
     Args:
         num_heads: heads, one bias each.
@@ -75,14 +77,8 @@ class LogCPB(MapModule):
         bias = partial(self._bias, query_grid, key_grid, pretrain_grid, like)
         if not self._may_keep(like):
             return bias()
-        return self._kept.get((query_grid, key_grid, pretrain_grid), weights_of(self.fc1, self.fc2), bias)
-
-    def window(self, window_size: int, pretrain_grid: Grid, *, like: Tensor | None = None) -> Tensor:
-        """The bias of the cells of a sliding window, row-major: ``(heads, k * k)``. ``like`` as of :meth:`forward`."""
-        like = next(self.parameters()) if like is None else like
-        radius = window_size // 2
-        offsets = torch.arange(-radius, radius + 1, device=like.device, dtype=torch.float32)
-        return self._table(offsets, offsets, pretrain_grid, like).flatten(1)
+        key = query_grid, key_grid, pretrain_grid, current_backend()
+        return self._kept.get(key, weights_of(self.fc1, self.fc2), bias)
 
     def _bias(self, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid, like: Tensor) -> PositionBias:
         (rows, row_index), (columns, column_index) = (
@@ -113,7 +109,17 @@ class LogCPB(MapModule):
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in weights_of(self.fc1, self.fc2)))
 
 
-def _offsets(queries: int, keys: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def window_bias(log_cpb: nn.Module, window_size: int, pretrain_grid: Grid, *, like: Tensor | None = None) -> Tensor:
+    """The bias of the cells of a sliding window, row-major: ``(heads, k * k)``.
+
+    On a map of the window's size the offsets go from 1 - k to k - 1; those of the window are the middle ones.
+    """
+    grid, radius = (window_size, window_size), window_size // 2
+    table = log_cpb(grid, grid, pretrain_grid, like=like).table
+    return table[:, radius : radius + window_size, radius : radius + window_size].flatten(1)
+
+
+def _offsets(queries: int, keys: int, like: Tensor) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() and not is_exporting():
         return torch.ops.foveal.relative_offsets(like.detach(), queries, keys)
     return relative_offsets(queries, keys, like.device)

@@ -15,7 +15,7 @@ from foveal.blocks._module import MapModule
 from foveal.blocks._plain import is_plain
 from foveal.blocks._temperature import init_temperature, temperature_scale
 from foveal.blocks.activate_and_pool import ActivateAndPool
-from foveal.blocks.log_cpb import LogCPB
+from foveal.blocks.log_cpb import LogCPB, window_bias
 from foveal.ops import PositionBias, aggregated_attention, attention_weights, reference
 from foveal.ops._checks import check_choice, check_window_size
 
@@ -169,13 +169,13 @@ class PixelFocusedAttention(MapModule):
 
     def pooled_kv(self, pooled: Tensor) -> Tensor:
         """Keys and values of the pooled map, ``(B, Hp, Wp, 2C)``: what the last two thirds of qkv's rows make of it."""
-        if not is_plain(self.qkv, pooled):
+        if not is_plain(self.qkv, pooled):  # its call makes queries too, which nobody needs
             return self.qkv(pooled)[..., self.dim :]
         bias = None if self.qkv.bias is None else self.qkv.bias[self.dim :]
         return F.linear(pooled, self.qkv.weight[self.dim :], bias)
 
     def terms(self, x: Tensor) -> dict[str, Any]:
-        """What besides queries, keys and values makes the weights of a map, as the op takes it."""
+        """The op's arguments besides queries, keys and values."""
         return {
             "window_size": self.window_size,
             "scale": self._scale(x),
@@ -192,11 +192,11 @@ class PixelFocusedAttention(MapModule):
         if self.temperature is not None:
             return temperature_scale(self.temperature)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return x.new_full((self.num_heads,), math.sqrt(self.num_heads / self.dim), dtype=dtype)
+        return x.new_full((self.num_heads,), 1 / math.sqrt(self.dim // self.num_heads), dtype=dtype)
 
     def _window_bias(self, x: Tensor) -> Tensor | None:
         if self.log_cpb is not None and self._window_log_cpb:
-            return self.log_cpb.window(self.window_size, self.pretrain_grid or grid_of(x), like=x)
+            return window_bias(self.log_cpb, self.window_size, self.pretrain_grid or grid_of(x), like=x)
         return self.window_bias
 
     def _pool_bias(self, x: Tensor) -> PositionBias | None:

@@ -11,7 +11,7 @@ def output_shape(module: nn.Module, shape: tuple[int, ...], device: Any = None, 
     """The shape of ``module(x)`` for x of a shape. The module itself is neither run nor changed.
 
     A module that looks at the values of its input is run on zeros, in a copy. The input is on the device, and of the
-    dtype, of the module's own parameters, wherever they were meant to be; ``device`` and ``dtype`` are for one without.
+    dtype, of the module's own parameters, even if ``device`` or ``dtype`` says otherwise; those are for one without.
 
     Raises:
         ValueError: where the module fails on such an input.

@@ -22,19 +22,14 @@ _ATTENTION = {
 }
 _MLP = {"fc1": "fc1", "dwconv.dwconv": "dwconv", "fc2": "fc2"}
 _BUFFERS = ("relative_pos_index", "relative_coords_table", "seq_length_scale", "padding_mask")
-_OWN: tuple[str, ...] = (
-    "window_bias",
-    "positional_tokens",
-    "positional_bias",
-    "pool_bias",
-    "pool.proj",
-    "pool.norm",
-    "log_cpb.fc1",
-)
-_OWN += ("log_cpb.fc2", "dwconv")  # of foveal's modules, where they are not called as the official ones
 _INSIDE = re.compile(r"(?:^|\.)(?:block|patch_embed)\d+\.")  # nothing official nests in these
-_FOVEAL = re.compile(r"(?:^|\.)(?=stages\.0\.)")  # where the names of a backbone begin
-_OFFICIAL = re.compile(r"(?:^|\.)(?=(?:patch_embed1|block1)\.)")
+_FOVEAL = re.compile(r"(?:^|\.)(?=stages\.\d+\.(?:downsample|blocks|norm)\.)")  # where the names of a backbone begin
+_OFFICIAL = re.compile(r"(?:^|\.)(?=(?:patch_embed|block)\d+\.)")
+_OWN = re.compile(  # in the keys of foveal's modules alone
+    r"(?:^|\.)(?:mixer|log_cpb|pool\.(?:proj|norm)|window_bias|pool_bias|positional_(?:tokens|bias)|"
+    r"dwconv\.(?:weight|bias)|stages\.\d+\.(?:downsample|blocks|norm))(?:\.|$)"
+)
+_LOCAL = re.compile(r"(?<=\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # of wrappers inside
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # as timm takes them, averaged weights first
 
 
@@ -80,7 +75,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: where a key is of neither layout, or a projection lacks its other half.
     """
     state_dict = _unwrapped(state_dict)
-    if any(map(_FOVEAL.search, state_dict)):
+    if any(map(_is_own, state_dict)):
         return dict(state_dict)
     converted: dict[str, Tensor] = {}
     for key, value in _join_projections(state_dict).items():
@@ -88,9 +83,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         name = _foveal_name(key)
         if name is None:
-            raise ValueError(
-                f"state_dict holds the key {key!r}, which is neither of the official TransNeXt layout nor foveal's"
-            )
+            raise _foreign(key)
         converted[name] = value.reshape(_foveal_shape(key, value))
     return converted
 
@@ -104,15 +97,18 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     Raises:
         ValueError: where a key is of neither layout, or several backbones fit the model alike.
     """
-    state_dict = _unwrapped(state_dict)
-    found = [(key, match) for key in state_dict for match in [(_FOVEAL.search(key) or _OFFICIAL.search(key))] if match]
-    candidates = {}
-    for prefix in sorted({key[: match.end()] for key, match in found}):
+    state_dict = {_LOCAL.sub("", key): value for key, value in _unwrapped(state_dict).items()}
+    starts = [_FOVEAL.search(key) or _OFFICIAL.search(key) for key in state_dict]
+    prefixes = sorted({key[: match.end()] for key, match in zip(state_dict, starts, strict=True) if match})
+    wanted, candidates, errors = model.state_dict().keys(), {}, []
+    for prefix in prefixes:
         inner = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        candidates[prefix] = from_official(inner)
+        try:
+            candidates[prefix] = from_official(inner)
+        except (ValueError, RuntimeError) as error:  # another network, whose names are alike
+            errors.append(error)
     if not candidates:
-        return from_official(state_dict)
-    wanted = model.state_dict().keys()
+        raise errors[0] if errors else _foreign(next(iter(state_dict), ""))
     fitting = {prefix: len(wanted & inner.keys()) for prefix, inner in candidates.items()}
     best = [prefix for prefix, count in fitting.items() if count == max(fitting.values())]
     if len(best) > 1:
@@ -120,6 +116,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
             f"state_dict holds several backbones, under {', '.join(map(repr, best))}: pass the keys of one"
         )
     return candidates[best[0]]
+
+
+def _foreign(key: str) -> ValueError:
+    return ValueError(
+        f"state_dict holds the key {key!r}, which is neither of the official TransNeXt layout nor foveal's"
+    )
 
 
 def load_file(path: str | Path) -> dict[str, Tensor]:
@@ -135,6 +137,9 @@ def _unwrapped(state_dict: Mapping) -> Mapping[str, Tensor]:
     for key in _WRAPPERS:
         if isinstance(state_dict.get(key), Mapping):
             return state_dict[key]
+    nested = [key for key, value in state_dict.items() if isinstance(value, Mapping)]
+    if nested and not any(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"state_dict holds no tensors, but dicts under {nested}: pass the one with the weights")
     return state_dict
 
 
@@ -145,7 +150,11 @@ def _foveal_name(key: str) -> str | None:
         if match := re.search(rf"(?:^|(?<=\.)){tail}$", module):
             prefix = module[: match.start()]
             return None if _INSIDE.search(prefix) else prefix + name(match) + parameter
-    return key if module.endswith(_OWN) else None
+    return None
+
+
+def _is_own(key: str) -> bool:
+    return _OWN.search(key) is not None and not key.endswith(("dwconv.dwconv.weight", "dwconv.dwconv.bias"))
 
 
 def _foveal_shape(key: str, value: Tensor) -> tuple[int, ...]:

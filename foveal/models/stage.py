@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 from timm.layers import LayerScale
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from foveal.blocks import OverlapPatchEmbed
 from foveal.blocks._checks import check_probability
 from foveal.blocks._factory import call, located
 from foveal.models._dry_run import output_shape
-from foveal.models._reading import read_stage
+from foveal.models._reading import is_plain_sequence, read_stage
 from foveal.models.block import Block
 from foveal.ops.backend import infers_on_cpu
 
@@ -88,8 +88,11 @@ class StageModule(nn.Module):
         if infers_on_cpu(x):
             return read_stage(self, x)
         x = self.downsample(x)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
-        return self.norm(x)
+        if not self.grad_checkpointing or not self.training:
+            return self.norm(self.blocks(x))
+        if is_plain_sequence(self.blocks):
+            return self.norm(checkpoint_seq(self.blocks, x))
+        return self.norm(checkpoint(self.blocks, x))
 
 
 def build_downsample(spec: Stage, index: int, in_chans: int, dd: dict[str, Any]) -> nn.Module:

@@ -59,7 +59,8 @@ def gradients_to_differentiate(
     Autograd's grad mode is on in a backward pass where its result is to be differentiated in turn (create_graph).
     """
     chosen = [i for i, x in enumerate(inputs) if x is not None and wanted >> i & 1]
-    leaves = {i: x.view_as(x) for i, x in enumerate(inputs) if x is not None and i in chosen}  # one may come twice
+    # Views, as one tensor may be two inputs.
+    leaves = {i: x.view_as(x) for i, x in enumerate(inputs) if x is not None and i in chosen}
     out = function(*(leaves.get(i, x) for i, x in enumerate(inputs)))
     values = torch.autograd.grad(out, list(leaves.values()), grad, create_graph=True, materialize_grads=True)
     found = dict(zip(chosen, values, strict=True))

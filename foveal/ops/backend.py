@@ -87,7 +87,7 @@ def runs_compiled(op: str, x: Tensor, unsupported: Sequence[str] = ()) -> bool:
 
 
 def infers_on_cpu(x: Tensor) -> bool:
-    """Whether nobody differentiates, traces or transforms what is computed of ``x`` on the CPU."""
+    """Whether grad mode is off, and nobody traces or transforms what is computed from ``x`` on the CPU."""
     if not isinstance(x, Tensor) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" and not circumstances(x)

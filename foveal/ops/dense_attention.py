@@ -10,11 +10,11 @@ from foveal.ops.backend import circumstances
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """``softmax(scale * q @ k.mT + bias) @ v``.
+    """``softmax(scale * q @ k.transpose(-2, -1) + bias) @ v``.
 
-    Equivalent to ``F.scaled_dot_product_attention``, whose fused kernels know neither second derivatives nor the
-    transforms of ``torch.func``, and which counters of operations do not know. On the CPU the products are written out
-    wherever the result is differentiated; a bias that learns leaves PyTorch no other way there either.
+    Equivalent to ``F.scaled_dot_product_attention``, whose fused kernels support neither second derivatives nor
+    ``torch.func``, and are unknown to counters of operations. On the CPU the plain products are taken where gradients
+    are wanted; PyTorch takes them there anyway when the bias needs a gradient.
 
     Args:
         q: ``(B, heads, N, d)``.
@@ -24,9 +24,10 @@ def dense_attention(
         dropout_p: probability with which a weight is dropped.
     """
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
-    by_products = differentiated and q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if by_products or (circumstances(q) and not torch.compiler._is_exporting_flag):
-        logits = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
+    eager = not torch.compiler.is_compiling()
+    by_products = eager and ((q.device.type == "cpu" and differentiated) or torch._C._len_torch_dispatch_stack() > 0)
+    if not torch.compiler._is_exporting_flag and (by_products or circumstances(q)):
+        logits = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-2, -1)
         weights = (logits if bias is None else logits + bias).softmax(dim=-1)
         return F.dropout(weights, dropout_p) @ v
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)

@@ -1,6 +1,7 @@
-"""What a call is traced for, in every version of PyTorch that foveal runs on."""
+"""Whether a graph is being made, and shapes as integers in it, in every version of PyTorch that foveal runs on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,17 @@ def is_exporting() -> bool:
 
 
 def shape_of(x: Tensor) -> Sequence[int]:
-    """``x.shape``, in a trace of torch.jit as plain integers: what depends on them holds for the traced size."""
+    """``x.shape``, in a trace of torch.jit as plain integers, so that the graph is for the traced size."""
+    return x.shape if torch._C._get_tracing_state() is None else integers(lambda: x.shape)
+
+
+def integers(sizes: Callable[[], Sequence[Any]]) -> Sequence[int]:
+    """``sizes()``, in a trace of torch.jit as plain integers."""
     state = torch._C._get_tracing_state()
     if state is None:
-        return x.shape
+        return sizes()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
-        return tuple(x.shape)
+        return tuple(map(int, sizes()))
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ What somebody does to a child, they see; so a block whose children have been alt
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveal import blocks
 from foveal.models.block import Block
@@ -111,9 +111,13 @@ def residual_block(block, x: Tensor) -> Tensor:
 
 def stage(module, x: Tensor) -> Tensor:
     x = run(module.downsample, x)
-    for block in module.blocks:
-        x = run(block, x)
-    return module.norm(x)
+    return module.norm(run(module.blocks, x))
+
+
+def sequence(module, x: Tensor) -> Tensor:
+    for part in module:
+        x = run(part, x)
+    return x
 
 
 EQUATIONS = {
@@ -132,6 +136,7 @@ EQUATIONS = {
     blocks.SpatialReductionAttention: spatial_reduction_attention,
     Block: residual_block,
     StageModule: stage,
+    nn.Sequential: sequence,
 }
 
 

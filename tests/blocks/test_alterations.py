@@ -116,7 +116,7 @@ def differ(found, expected):
 def cases():
     for name in BLOCKS:
         for child, layer in built(name, None, None).named_modules():
-            if not child or isinstance(layer, nn.ParameterList) or child == "blocks" or child.startswith("blocks.1"):
+            if not child or child.startswith("blocks.1"):
                 continue
             marks = [pytest.mark.slow] if name == "StageModule" and child.count(".") > 2 else []
             for kind, alter in CALLS.items():
@@ -201,3 +201,119 @@ def test_a_dropout_that_is_left_in_training_drops(name, kind):
         assert (stage(x) - expected).abs().max() > 1e-3
         stage.eval()
         assert (stage(x) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", [ConvGLU, AggregatedAttention, ActivateAndPool, OverlapPatchEmbed, Block, GLU])
+def test_a_forward_that_is_replaced_for_the_whole_class(kind, monkeypatch):
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args: 3 * original(self, *args))
+    stage = built("StageModule", None, None).eval()
+    (x,) = inputs_of(stage)
+    if kind is GLU:
+        stage, x = GLU(DIM, 12).double().eval(), x
+    plain = stage(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(stage(x), plain)
+
+
+class Watched(nn.Module):
+    """A sequence of blocks in a container of the user's own."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks, self.calls = blocks, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.blocks(x).relu()
+
+
+class Rectified(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("replace", [Watched, lambda blocks: Rectified(*blocks)], ids=["wrapped", "subclassed"])
+def test_blocks_in_another_container(replace, checkpointing):
+    stage = built("StageModule", None, None)
+    for block in stage.blocks:
+        block.drop_path = nn.Identity()
+    (x,) = inputs_of(stage)
+    stage.blocks = replace(stage.blocks)
+    expected = stage.norm(stage.blocks(stage.downsample(x)))
+    stage.grad_checkpointing = checkpointing
+    for training in (True, False):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(stage.train(training)(x), expected)
+
+
+def test_a_hook_on_checkpointed_blocks_runs():
+    stage, seen = built("StageModule", None, None).train(), []
+    stage.grad_checkpointing = True
+    stage.blocks.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    stage(*inputs_of(stage))
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["attn_drop", "proj_drop", "drop", "drop_path"])
+def test_dropout_in_training_mode_without_gradients(name):
+    """Monte-Carlo dropout, or a teacher that is left in training mode."""
+    stage = built("StageModule", None, None).train()
+    for module in stage.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        if name == "attn_drop" and hasattr(module, "attn_drop"):
+            module.attn_drop = 0.5
+        if isinstance(getattr(module, name, None), nn.Dropout):
+            setattr(module, name, nn.Dropout(0.5))
+    if name == "drop_path":
+        stage.blocks[0].drop_path = DropPath(0.5)
+    (x,) = inputs_of(stage)
+    with torch.no_grad():
+        results = [stage(x) for _ in range(8)]
+        assert any(not torch.equal(result, results[0]) for result in results)
+        stage.eval()
+        assert torch.equal(stage(x), stage(x))
+
+
+def test_the_window_asks_log_cpb_too():
+    block = AggregatedAttention(DIM, 2, window_bias="log-cpb", pool_bias=None).double()
+    (x,) = inputs_of(block)
+    plain = block(x)
+    block.log_cpb.register_forward_hook(lambda module, args, out: out._replace(table=100 * out.table))
+    assert not torch.allclose(block(x), plain)
+
+
+@pytest.mark.parametrize("method", ["mix", "gated"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_subclass_that_overrides_a_part(method, training):
+    original = getattr(ConvGLU, method)
+    doubled = type("Doubled", (ConvGLU,), {method: lambda self, *args: 2 * original(self, *args)})
+    ours, plain = randomised(doubled(DIM, 12)).train(training), ConvGLU(DIM, 12).train(training)
+    plain.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        plain.fc2.weight.mul_(2)
+        x = torch.randn(1, *GRID, DIM)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_an_own_forward_after_compilation():
+    torch._dynamo.reset()
+    block, x = randomised(ConvGLU(DIM, 12)).eval(), torch.randn(1, *GRID, DIM)
+    compiled = torch.compile(block, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), block(x))
+        forward = block.fc2.forward
+        block.fc2.forward = lambda value: 5 * forward(value)
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_a_norm_that_does_not_fit_raises_as_it_would():
+    stage = built("StageModule", None, None).eval()
+    stage.blocks[0].norm1 = nn.LayerNorm(DIM // 2, elementwise_affine=False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="normalized_shape"):
+            stage(*inputs_of(stage))

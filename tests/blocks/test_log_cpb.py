@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from foveal.blocks import AggregatedAttention, LengthScaledCosineAttention, LogCPB
 from foveal.blocks import log_cpb as log_cpb_file
-from foveal.blocks.log_cpb import log_spaced, relative_offsets
+from foveal.blocks.log_cpb import log_spaced, relative_offsets, window_bias
 from foveal.ops import backend
 from foveal.ops import log_cpb as log_cpb_op
 from tests.blocks import naive
@@ -68,7 +68,7 @@ def test_window_bias_is_the_mlp_on_every_cell():
     module = randomised(LogCPB(2, dtype=torch.float64))
     cells = [(i, j) for i in range(-2, 3) for j in range(-2, 3)]
     expected = torch.stack([naive.log_cpb(module, cell, (6, 9)) for cell in cells], dim=1)
-    assert_near(module.window(5, (6, 9)), expected, tol=1e-9)
+    assert_near(window_bias(module, 5, (6, 9)), expected, tol=1e-9)
 
 
 @pytest.mark.parametrize("elements", [1, 3000, 40000])
@@ -104,7 +104,7 @@ def test_float32_whatever_the_parameters():
     for dtype, expected in [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]:
         module = LogCPB(2, dtype=dtype)
         assert module((3, 3), (2, 2), (3, 3)).table.dtype == expected
-        assert module.window(3, (3, 3)).dtype == expected
+        assert window_bias(module, 3, (3, 3)).dtype == expected
 
 
 # What eval mode keeps from one call to the next.
@@ -280,6 +280,27 @@ def test_replicas_of_data_parallel_keep_nothing(build):
             parameter.neg_()
         assert_near(ours, other((5, 6), (2, 3), (5, 6)).table, tol=1e-6)
     assert_fresh(block, build, x)
+
+
+def test_what_is_handed_out_may_be_written_to():
+    """A hook that alters the bias in place alters it once, and a written index is nobody else's."""
+    block, x = randomised(AggregatedAttention(8, 2)).eval(), torch.randn(1, 5, 6, 8)
+    block.log_cpb.register_forward_hook(lambda module, args, out: [out.table.mul_(1.5), None][1])
+    with torch.no_grad():
+        first = block(x)
+        assert torch.equal(block(x), first)
+        LogCPB(2).eval()((4, 4), (2, 2), (4, 4)).row_index.zero_()
+        assert LogCPB(2).eval()((4, 4), (2, 2), (4, 4)).row_index.any()
+
+
+def test_each_backend_keeps_its_own():
+    module = randomised(LogCPB(2)).eval()
+    with torch.no_grad():
+        grids = (9, 13), (4, 5), (9, 13)
+        module(*grids)
+        with backend("reference"):
+            kept = module(*grids).table
+            assert torch.equal(kept, copy.deepcopy(module)(*grids).table)
 
 
 def test_not_a_number_is_never_kept(build, calls):

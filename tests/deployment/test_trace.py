@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import timm
@@ -112,3 +113,33 @@ def test_both_backends_trace_alike():
 def test_scripting_is_refused_with_what_works(module):
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace.*torch\.export"):
         torch.jit.script(module)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: blocks.LengthScaledCosineAttention(8, 2),
+        lambda: blocks.SpatialReductionAttention(8, 2, sr_ratio=2),
+        lambda: blocks.AggregatedAttention(8, 2, pool_ratio=2),
+        lambda: blocks.ConvGLU(8),
+    ],
+)
+def test_the_older_onnx_exporter(build, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    block, x = randomised(build()).eval(), torch.randn(1, 6, 7, 8)
+    torch.onnx.export(block, (x,), tmp_path / "block.onnx", dynamo=False, opset_version=18)
+    session = onnxruntime.InferenceSession(tmp_path / "block.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_near(torch.from_numpy(out), block(x).detach())
+
+
+def test_a_model_of_timm_with_blocks_in_it():
+    model = timm.create_model("pvt_v2_b0", num_classes=3).eval()
+    foveal.swap(model, {"stages.*.blocks.*.mlp": blocks.ConvGLU})
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="timm", category=torch.jit.TracerWarning)
+            found = traced(model, x)
+        assert_near(found(x), model(x))

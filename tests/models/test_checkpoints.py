@@ -232,3 +232,40 @@ def test_safetensors_through_timm(model, tmp_path):
     save_file(micro.state_dict(), tmp_path / "own.safetensors")
     loaded = timm.create_model("transnext_micro", checkpoint_path=str(tmp_path / "own.safetensors"))
     assert_same(loaded.state_dict(), micro.state_dict())
+
+
+@pytest.mark.parametrize(
+    "part", ["", "stages.0", "stages.1", "stages.0.blocks.0", "stages.0.blocks.0.mixer", "stages.0.blocks.0.mlp"]
+)
+def test_what_is_foveals_own_stays_as_it_is(part, model):
+    state = model.get_submodule(part).state_dict()
+    assert from_official(state).keys() == state.keys()
+
+
+def test_a_part_of_foveals_own_weights(model):
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("stages.0")}
+    assert checkpoint_filter_fn(state, model).keys() == state.keys()
+
+
+def test_weights_of_parts_that_were_wrapped(model):
+    state = model.state_dict()
+    wrapped = {
+        name.replace("mlp.", "mlp._orig_mod.").replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): value
+        for name, value in state.items()
+    }
+    assert wrapped.keys() != state.keys()
+    assert checkpoint_filter_fn(wrapped, model).keys() == state.keys()
+
+
+def test_the_backbone_that_fits_is_taken(model):
+    state = {f"student.{name}": value for name, value in model.state_dict().items()}
+    state["teacher.block1.0.attn.sr.weight"] = torch.zeros(16, 16, 8, 8)  # PVTv2's
+    assert checkpoint_filter_fn(state, model).keys() == model.state_dict().keys()
+    twice = {f"{prefix}.{name}": value for prefix in ("a", "b") for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'a\.', 'b\.'"):
+        checkpoint_filter_fn(twice, model)
+
+
+def test_a_dict_under_an_unknown_key_is_named(model):
+    with pytest.raises(ValueError, match="network"):
+        checkpoint_filter_fn({"network": model.state_dict(), "epoch": 3}, model)

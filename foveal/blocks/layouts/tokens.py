@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from foveal.blocks._checks import Grid, to_grid
 from foveal.blocks.layouts.adapter import Adapter
 from foveal.blocks.layouts.grid import HasGrid
-from foveal.ops.tracing import shape_of
+from foveal.ops.tracing import integers, shape_of
 
 
 class Tokens(Adapter):
     """A block over tokens ``(B, P + H * W, C)``: P prefix tokens (class, registers), then the cells row by row.
 
-    Prefix tokens have no neighbours: they take the block's ``pointwise`` part, everything but its convolution.
+    Prefix tokens have no neighbours: they take the block's ``pointwise`` part, everything but its convolution. A hook
+    on the block itself sees the cells alone; one on a layer in it sees both.
 
     Args:
         block: any module ``(B, H, W, C) -> (B, H, W, C')``; with prefix tokens it needs a method ``pointwise``.
@@ -72,7 +73,8 @@ class SizedTokens(Adapter):
     """A block over tokens ``(B, H * W, C)`` that come with their grid, as in PVTv2: ``forward(x, feat_size)``."""
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> Tensor:
-        return _through_map(self.block, x, (feat_size[0], feat_size[1]))
+        height, width = integers(lambda: feat_size)
+        return _through_map(self.block, x, (height, width))
 
 
 def _through_map(block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
