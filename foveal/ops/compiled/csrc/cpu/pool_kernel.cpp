@@ -64,7 +64,7 @@ void backward_rows(const PoolBackward& args, int64_t begin, int64_t end) {
         Vector<S> sum = {};
         for (int64_t b = beside.first; b < beside.end; ++b) sum += load<S>(sums + (b * channels + c), n);
         const Vector<S> cell = load<S>(x + j * args.x_strides.column + c, n);
-        store(out + j * channels + c, sum * activate_with_slope<act, S>(cell).slope, n);
+        store(out + j * channels + c, through_activation<act, S>(sum, activate_with_slope<act, S>(cell).slope), n);
       });
     }
   }

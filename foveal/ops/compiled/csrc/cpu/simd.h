@@ -147,7 +147,7 @@ template <class S>
 class Scratch {
  public:
   explicit Scratch(int64_t size) : data_(static_cast<S*>(aligned_alloc(64, (size * sizeof(S) / 64 + 1) * 64))) {
-    if (data_ == nullptr) abort();
+    if (data_ == nullptr) out_of_memory(size * sizeof(S));
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
