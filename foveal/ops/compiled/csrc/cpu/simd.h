@@ -27,8 +27,14 @@ template <class S>
 constexpr int lanes = FOVEAL_VECTOR_BYTES / int(sizeof(S));
 
 template <class S>
-struct VectorOf {
-  typedef S type __attribute__((vector_size(FOVEAL_VECTOR_BYTES)));
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(FOVEAL_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(FOVEAL_VECTOR_BYTES)));
 };
 template <class S>
 using Vector = typename VectorOf<S>::type;
