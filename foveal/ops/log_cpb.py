@@ -120,11 +120,8 @@ declare_gradient("log_cpb_table", _setup_context, _autograd)
 
 
 def _fake_offsets(like: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    if isinstance(queries, int) and isinstance(keys, int):
-        lowest, highest, step = reference.offset_range(queries, keys)
-        count = (highest - lowest) // step + 1
-    else:  # how many offsets there are turns on divisibility: nothing downstream needs to reason about it
-        count = torch.library.get_ctx().new_dynamic_size()
+    lowest, highest, step = reference.offset_range(queries, keys)
+    count = (highest - lowest) // step + 1
     index = like.new_empty((queries, keys), dtype=torch.int64)
     return like.new_empty((count,), dtype=torch.float32), index
 

@@ -290,8 +290,8 @@ def relative_offsets(queries: int, keys: int, device: torch.device) -> tuple[Ten
     return offsets, (twice - lowest) // step
 
 
-def offset_range(queries: int, keys: int) -> tuple[int, int, int]:
+def offset_range(queries: int, keys: int) -> tuple[int, int, int | torch.SymInt]:
     """The lowest and the highest of twice the offsets, and the step between them."""
     lowest = -((keys - 1) * queries // keys + queries - 1)
     highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
-    return lowest, highest, 1 if queries % keys else 2
+    return lowest, highest, 2 - torch.sym_min(queries % keys, 1)  # no branch, which would be a guard of a graph
