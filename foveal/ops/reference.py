@@ -7,6 +7,7 @@ float32 and returned in their own type; float64 stays float64.
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce, wraps
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -290,8 +291,9 @@ def relative_offsets(queries: int, keys: int, device: torch.device) -> tuple[Ten
     return offsets, (twice - lowest) // step
 
 
-def offset_range(queries: int, keys: int) -> tuple[int, int, int | torch.SymInt]:
+def offset_range(queries: int, keys: int) -> tuple[int, int, int]:
     """The lowest and the highest of twice the offsets, and the step between them."""
     lowest = -((keys - 1) * queries // keys + queries - 1)
     highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
-    return lowest, highest, 2 - torch.sym_min(queries % keys, 1)  # no branch, which would be a guard of a graph
+    step = 2 - torch.sym_min(queries % keys, 1)  # no branch, which would be a guard of a graph
+    return lowest, highest, cast("int", step)
