@@ -26,6 +26,19 @@ def check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
 
 
+def check_parameter(name: str, x: Tensor | None, expected: Sequence[int], axes: str) -> None:
+    """Raise unless ``x``, where it is given, is floating point and has the expected shape."""
+    if x is not None:
+        check_floating(name, x)
+        check_shape(name, x, expected, axes)
+
+
+def check_index(name: str, x: Tensor, expected: Sequence[int], axes: str) -> None:
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {x.dtype}")
+    check_shape(name, x, expected, axes)
+
+
 def check_same_dtype(**tensors: Tensor) -> None:
     """Raise unless all tensors share the dtype of the first, which must be floating point."""
     (first, reference), *others = tensors.items()
@@ -44,8 +57,8 @@ def check_same_device(x: Tensor, **others: Tensor | None) -> None:
 
 
 def check_window_size(window_size: int) -> None:
-    if not isinstance(window_size, int) or window_size < 1 or window_size % 2 == 0:
-        raise ValueError(f"window_size must be an odd positive integer, got {window_size!r}")
+    if not isinstance(window_size, int) or not 1 <= window_size < 1 << 15 or window_size % 2 == 0:
+        raise ValueError(f"window_size must be an odd positive integer of at most 32767, got {window_size!r}")
 
 
 def check_grid(name: str, grid: Sequence[int]) -> None:

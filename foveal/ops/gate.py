@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_choice, check_dim, check_floating, check_same_device, check_shape
+from foveal.ops._checks import (
+    check_choice,
+    check_dim,
+    check_floating,
+    check_parameter,
+    check_same_device,
+    check_shape,
+)
 from foveal.ops._declaration import (
     declare,
     declare_gradient,
@@ -33,30 +40,33 @@ def depthwise_gate(
 
     Args:
         x: ``(B, H, W, 2C)``, the gate's channels first.
-        weight: ``(C, 1, k, k)``, k odd; may differ from x in dtype.
+        weight: ``(C, 1, k, k)``, k odd; may differ from x in dtype, and is converted to that of the computation.
         bias: ``(C,)`` or None.
         act: "gelu" (exact), "gelu_tanh", "relu", "silu" or "identity".
         input_bias: ``(2C,)`` or None, added to x first. The bias of the Linear that makes x, given here and not there,
             saves a pass over x in inference on the CPU.
 
     Returns:
-        ``(B, H, W, C)`` in the dtype of x; computed in float32 for half types.
+        ``(B, H, W, C)`` in the dtype of x; computed in float32 for half types. NaN and infinity stay in their channel.
+        There, in the kernels, their product with a zero outside the map counts, and is NaN; ``F.conv2d`` may leave it
+        out. An infinite weight or input_bias may give infinity for NaN or NaN for infinity, and gelu of infinity is
+        infinity, where PyTorch's is NaN on the CPU.
     """
     check_dim("x", x, "(B, H, W, 2C)")
     check_floating("x", x)
     check_dim("weight", weight, "(C, 1, k, k)")
+    check_floating("weight", weight)
     channels, _, size, _ = shape_of(weight)
     if size % 2 == 0:
         raise ValueError(f"weight must have an odd kernel size, got {size}")
     check_shape("weight", weight, (channels, 1, size, size), "(C, 1, k, k)")
     if (given := shape_of(x)[-1]) != 2 * channels:
         raise ValueError(f"x must have 2C = {2 * channels} channels for a weight of C = {channels}, got {given}")
-    if bias is not None:
-        check_shape("bias", bias, (channels,), "(C,)")
+    check_parameter("bias", bias, (channels,), "(C,)")
     check_choice("act", act, tuple(reference.ACTIVATIONS))
     check_same_device(x, weight=weight, bias=bias, input_bias=input_bias)
     if input_bias is not None:
-        check_shape("input_bias", input_bias, (2 * channels,), "(2C,)")
+        check_parameter("input_bias", input_bias, (2 * channels,), "(2C,)")
         # Large kernels would lose digits where little of them is on the map.
         if size <= 7 and infers_compiled("depthwise_gate", x, weight, bias, input_bias):
             return torch.ops.foveal.depthwise_gate_with_input_bias(x, input_bias, weight, bias, act)

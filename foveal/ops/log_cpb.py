@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_dim, check_shape
+from foveal.ops._checks import check_dim, check_floating, check_parameter, check_same_device
 from foveal.ops._declaration import (
     declare,
     declare_gradient,
@@ -38,15 +38,20 @@ def log_cpb_table(
         weight2, bias2: ``(heads, hidden)`` and ``(heads,)``, of the second layer.
 
     Returns:
-        ``(heads, Th, Tw)`` in float32 (float64 for float64 parameters).
+        ``(heads, Th, Tw)`` in float32, or float64 where weight2 is. The others are converted to that. Of infinite
+        coordinates the kernels' gradients may be NaN where the definition's are infinite.
     """
     check_dim("rows", rows, "(Th,)")
     check_dim("columns", columns, "(Tw,)")
     check_dim("weight2", weight2, "(heads, hidden)")
     heads, hidden = shape_of(weight2)
-    check_shape("weight1", weight1, (hidden, 2), "(hidden, 2)")
-    check_shape("bias1", bias1, (hidden,), "(hidden,)")
-    check_shape("bias2", bias2, (heads,), "(heads,)")
+    check_floating("rows", rows)
+    check_floating("columns", columns)
+    check_parameter("weight1", weight1, (hidden, 2), "(hidden, 2)")
+    check_parameter("bias1", bias1, (hidden,), "(hidden,)")
+    check_floating("weight2", weight2)
+    check_parameter("bias2", bias2, (heads,), "(heads,)")
+    check_same_device(weight2, rows=rows, columns=columns, weight1=weight1, bias1=bias1, bias2=bias2)
     if runs_compiled("log_cpb_table", weight2) or _may_hide(weight2):
         return torch.ops.foveal.log_cpb_table(rows, columns, weight1, bias1, weight2, bias2)
     return reference.log_cpb_table(rows, columns, weight1, bias1, weight2, bias2)
@@ -58,7 +63,7 @@ def _may_hide(x: Tensor) -> bool:
 
 
 def _row_chunks(rows: Tensor, columns: Tensor, hidden: int) -> list[Tensor]:
-    return list(rows.split(max(1, _HIDDEN_ELEMENTS // (columns.shape[0] * hidden))))
+    return list(rows.split(max(1, _HIDDEN_ELEMENTS // max(1, columns.shape[0] * hidden))))
 
 
 def _default(rows: Tensor, columns: Tensor, *parameters: Tensor) -> Tensor:
@@ -115,11 +120,8 @@ declare_gradient("log_cpb_table", _setup_context, _autograd)
 
 
 def _fake_offsets(like: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    if isinstance(queries, int) and isinstance(keys, int):
-        lowest, highest, step = reference.offset_range(queries, keys)
-        count = (highest - lowest) // step + 1
-    else:  # how many offsets there are turns on divisibility: nothing downstream needs to reason about it
-        count = torch.library.get_ctx().new_dynamic_size()
+    lowest, highest, step = reference.offset_range(queries, keys)
+    count = (highest - lowest) // step + 1
     index = like.new_empty((queries, keys), dtype=torch.int64)
     return like.new_empty((count,), dtype=torch.float32), index
 

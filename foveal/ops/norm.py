@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_floating, check_same_device, check_shape
+from foveal.ops._checks import check_floating, check_parameter, check_same_device
 from foveal.ops._declaration import declare
 from foveal.ops.backend import infers_compiled
 from foveal.ops.tracing import shape_of
@@ -43,13 +43,14 @@ def add_layer_norm(
         The sum (x itself without y) and its norm, ``(*, C)``.
     """
     check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have shape (*, C), got a scalar")
     if y is not None:
-        check_shape("y", y, shape_of(x), "that of x")
+        check_parameter("y", y, shape_of(x), "that of x")
     elif y_bias is not None:
         raise ValueError("y_bias must be None where y is None: there is nothing that it belongs to")
     for name, parameter in (("weight", weight), ("bias", bias), ("y_bias", y_bias)):
-        if parameter is not None:
-            check_shape(name, parameter, shape_of(x)[-1:], "(C,)")
+        check_parameter(name, parameter, shape_of(x)[-1:], "(C,)")
     check_same_device(x, y=y, weight=weight, bias=bias, y_bias=y_bias)
     others = [t for t in (y, y_bias, weight, bias) if t is not None]
     mixed = bool({t.dtype for t in others} - {x.dtype})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foveal.ops import reference
-from foveal.ops._checks import check_choice, check_dim, check_floating, check_grid, check_same_device, check_shape
+from foveal.ops._checks import check_choice, check_dim, check_floating, check_grid, check_parameter, check_same_device
 from foveal.ops._declaration import declare, declare_gradient, fake_gradients, gradients, gradients_to_differentiate
 from foveal.ops.backend import infers_compiled, runs_compiled, unserved_dtype
 from foveal.ops.tracing import shape_of
@@ -29,14 +29,17 @@ def activate_and_pool(x: Tensor, grid: Sequence[int], act: str = "gelu", *, inpu
             saves a pass over x in inference on the CPU.
 
     Returns:
-        ``(B, Hp, Wp, C)`` in the dtype of x; computed in float32 for half types.
+        ``(B, Hp, Wp, C)`` in the dtype of x; computed in float32 for half types. The kernels take gelu of infinity for
+        infinity, where PyTorch's is NaN on the CPU.
     """
     check_dim("x", x, "(B, H, W, C)")
     check_floating("x", x)
     check_grid("grid", grid)
+    if 0 in shape_of(x)[1:3]:
+        raise ValueError(f"x must have a cell to average, got shape {tuple(x.shape)}")
     check_choice("act", act, tuple(reference.ACTIVATIONS))
     if input_bias is not None:
-        check_shape("input_bias", input_bias, shape_of(x)[-1:], "(C,)")
+        check_parameter("input_bias", input_bias, shape_of(x)[-1:], "(C,)")
         check_same_device(x, input_bias=input_bias)
         if infers_compiled("activate_and_pool", x, input_bias):
             return torch.ops.foveal.activate_and_pool_with_input_bias(x, input_bias, tuple(grid), act)

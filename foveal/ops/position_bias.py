@@ -20,8 +20,9 @@ class PositionBias(NamedTuple):
 
     Attributes:
         table: ``(heads, Th, Tw)``, floating point.
-        row_index: ``(H, Hp)``, int64 in ``[0, Th)``.
-        column_index: ``(W, Wp)``, int64 in ``[0, Tw)``.
+        row_index: ``(H, Hp)``, int64 in ``[0, Th)``. Attention raises an IndexError on the CPU where it is not; on a
+            GPU nobody looks.
+        column_index: ``(W, Wp)``, int64 in ``[0, Tw)``, likewise.
     """
 
     table: Tensor

@@ -7,11 +7,13 @@ float32 and returned in their own type; float64 stays float64.
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce, wraps
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveal.ops._checks import check_window_size
 from foveal.ops.position_bias import Grid, PositionBias
 from foveal.ops.tracing import is_exporting, shape_of
 
@@ -58,6 +60,7 @@ def _without_autocast(function: Callable) -> Callable:
 
 def shifted(x: Tensor, window_size: int) -> list[Tensor]:
     """``(B, H, W, *)`` as each cell of the window sees it: k * k maps of that shape, row-major, zeros from outside."""
+    check_window_size(window_size)
     height, width = shape_of(x)[1:3]
     radius = window_size // 2
     padded = F.pad(x, (0, 0) * (x.dim() - 3) + (radius,) * 4)
@@ -72,6 +75,7 @@ def windows(x: Tensor, window_size: int) -> Tensor:
 
 def inside_map(grid: Sequence[int], window_size: int, device: torch.device) -> Tensor:
     """Which cells of every window lie inside the map: bool, ``(H, W, k * k)``."""
+    check_window_size(window_size)
     radius = window_size // 2
     offset = torch.arange(-radius, radius + 1, device=device)
     rows, columns = ((torch.arange(side, device=device)[:, None] + offset) for side in grid)
@@ -95,8 +99,14 @@ def window_scores(q: Tensor, k: Tensor, window_size: int) -> Tensor:
 def window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
     """``weights . v`` over the sliding window: ``(B, H, W, heads, k * k)``, ``(B, H, W, heads, d)`` to the latter.
 
-    Cells outside the map hold zeros, so their weights add nothing.
+    Cells outside the map add nothing, whatever their weights.
     """
+    inside = inside_map(shape_of(v)[1:3], window_size, v.device)
+    return _window_sum(weights.masked_fill(inside[:, :, None].logical_not(), 0.0), v, window_size)
+
+
+def _window_sum(weights: Tensor, v: Tensor, window_size: int) -> Tensor:
+    """The sum over cells that outside the map hold zeros."""
     weight, value = at_least_float32(weights), at_least_float32(v)
     if is_exporting():
         terms = (weight[..., i : i + 1] * near for i, near in enumerate(shifted(value, window_size)))
@@ -120,7 +130,7 @@ def aggregated_attention_with_lse(
     near, far, positional, lse = aggregated_attention_weights(q, k, k_pool, *parameters_and_options)
     v, v_pool = at_least_float32(v), at_least_float32(v_pool)
     near = near if positional is None else near + positional
-    out = window_sum(near, v, math.isqrt(shape_of(near)[-1])) + torch.einsum(
+    out = _window_sum(near, v, math.isqrt(shape_of(near)[-1])) + torch.einsum(
         "bhwnp,bpnd->bhwnd", far, v_pool.flatten(1, 2)
     )
     return out.to(q.dtype), lse
@@ -152,7 +162,11 @@ def aggregated_attention_weights(
         of the logits ``(B, H, W, heads)``.
     """
     q, k, k_pool = map(unit if normalize else at_least_float32, (q, k, k_pool))
-    scale = at_least_float32(scale)
+    scale = scale.to(q.dtype)
+    query_embedding, window_bias, pool_bias, positional_tokens, positional_bias = (
+        None if x is None else x.to(q.dtype)
+        for x in (query_embedding, window_bias, pool_bias, positional_tokens, positional_bias)
+    )
     (_, *grid, _, _), (_, *key_grid, _, _) = shape_of(q), shape_of(k_pool)
 
     query = (q if query_embedding is None else q + query_embedding) * scale[:, None]
@@ -165,15 +179,15 @@ def aggregated_attention_weights(
         near = near + window_bias
     far = torch.einsum("bhwnd,bpnd->bhwnp", query, k_pool.flatten(1, 2))
     if pool_bias is not None and pool_rows is not None and pool_columns is not None:
-        bias = PositionBias(at_least_float32(pool_bias), pool_rows, pool_columns).dense()
-        far = far + bias.reshape(bias.shape[0], *grid, -1).permute(1, 2, 0, 3)
+        bias = PositionBias(pool_bias, pool_rows, pool_columns).dense()
+        far = far + bias.unflatten(1, grid).permute(1, 2, 0, 3)
 
     logits = torch.cat([near, far], dim=-1)
     weights = F.dropout(logits.softmax(dim=-1), dropout_p) if dropout_p else logits.softmax(dim=-1)
     near, far = weights.split([window_size**2, key_grid[0] * key_grid[1]], dim=-1)
     positional = None
     if positional_tokens is not None:
-        positional = torch.einsum("bhwnd,ndc->bhwnc", q, positional_tokens.to(q.dtype))
+        positional = torch.einsum("bhwnd,ndc->bhwnc", q, positional_tokens)
     if positional_bias is not None:
         positional = positional_bias.expand(near.shape) if positional is None else positional + positional_bias
     return near, far, positional, logits.logsumexp(dim=-1)
@@ -182,9 +196,11 @@ def aggregated_attention_weights(
 def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A k x k depthwise convolution with zero padding over ``(B, H, W, C)``; weight ``(C, 1, k, k)``, bias ``(C,)``."""
     channels, _, size, _ = shape_of(weight)
-    bias = None if bias is None else bias.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if 0 in shape_of(x):  # which conv2d refuses: nothing, and gradients of zero
+        return x * weight.sum((1, 2, 3)) + (0.0 if bias is None else bias)
     x = x.permute(0, 3, 1, 2)
-    return F.conv2d(x, weight.to(x.dtype), bias, padding=size // 2, groups=channels).permute(0, 2, 3, 1)
+    return F.conv2d(x, weight, bias, padding=size // 2, groups=channels).permute(0, 2, 3, 1)
 
 
 @_without_autocast
@@ -221,6 +237,8 @@ def activate_and_pool(x: Tensor, grid: Grid, act: str = "gelu") -> Tensor:
     if is_exporting():  # other runtimes pool a map of unknown size no other way
         rows, columns = (averages(shape_of(x)[1 + i], grid[i], activated) for i in (0, 1))
         return torch.einsum("ah,bhwc,ew->baec", rows, activated, columns).to(x.dtype)
+    if shape_of(x)[-1] == 0:  # of which adaptive pooling has no gradient
+        return activated[:, :1, :1].expand(-1, *grid, -1).to(x.dtype)
     pooled = F.adaptive_avg_pool2d(activated.permute(0, 3, 1, 2), (grid[0], grid[1]))
     return pooled.permute(0, 2, 3, 1).to(x.dtype)
 
@@ -244,7 +262,8 @@ def log_cpb_table(
     rows: Tensor, columns: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
     """The log-CPB MLP on every pair of a row and a column coordinate: ``(Th,)``, ``(Tw,)`` to ``(heads, Th, Tw)``."""
-    weight1, bias1, weight2, bias2 = map(at_least_float32, (weight1, bias1, weight2, bias2))
+    weight2 = at_least_float32(weight2)
+    rows, columns, weight1, bias1, bias2 = (x.to(weight2.dtype) for x in (rows, columns, weight1, bias1, bias2))
     hidden = (rows[:, None, None] * weight1[:, 0] + bias1) + columns[:, None] * weight1[:, 1]
     return F.linear(hidden.relu(), weight2, bias2).permute(2, 0, 1)
 
@@ -275,4 +294,5 @@ def offset_range(queries: int, keys: int) -> tuple[int, int, int]:
     """The lowest and the highest of twice the offsets, and the step between them."""
     lowest = -((keys - 1) * queries // keys + queries - 1)
     highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
-    return lowest, highest, 1 if queries % keys else 2
+    step = 2 - torch.sym_min(queries % keys, 1)  # no branch, which would be a guard of a graph
+    return lowest, highest, cast("int", step)

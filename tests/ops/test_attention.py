@@ -399,7 +399,7 @@ def test_tensors_on_different_devices_are_refused():
 def test_an_index_outside_the_table_is_an_error():
     arguments = raw_arguments(Case((3, 4), (2, 2)))
     arguments[9] = arguments[9] + 100
-    with pytest.raises(RuntimeError, match="pool_rows must lie in"):
+    with pytest.raises(IndexError, match="pool_rows must lie in"):
         torch.ops.foveal.aggregated_attention(*arguments)
 
 

@@ -30,7 +30,7 @@ POOL = {"activate_and_pool", "activate_and_pool_backward"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "grid"), pool.CASES, ids=str)
+@pytest.mark.parametrize(("shape", "grid"), [*pool.CASES, ((2, 3, 4, 0), (2, 2)), ((0, 3, 4, 8), (2, 2))], ids=str)
 def test_pool(shape, grid, dtype):
     assert_emulated_is_accurate(pool.pool(grid), [pool.tokens(shape, dtype)], POOL)
 
@@ -49,7 +49,7 @@ def test_pool_strided(view):
 GATE = {"depthwise_gate", "depthwise_gate_backward"}
 # Strips of two columns that the map's width ends, of rows that it ends, of 64 channels and of fewer; cell by cell.
 GATES = [*gate.SHAPES[:2], gate.SHAPES[3], (2, 9, 5, 8, 3), (1, 37, 6, 68, 3), (3, 4, 1, 132, 3), (2, 5, 4, 12, 5)]
-GATES += [(0, 4, 4, 8, 3), (0, 4, 4, 7, 5)]
+GATES += [(0, 4, 4, 8, 3), (0, 4, 4, 7, 5), (2, 0, 4, 8, 3), (2, 4, 0, 7, 5), (2, 4, 4, 0, 3)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,7 +118,7 @@ def assert_windows_are_accurate(size, q, k, weights, v, view=lambda x: x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", window.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*window.SHAPES, (2, 0, 4, 2, 8, 3), (2, 3, 0, 2, 8, 3), (2, 3, 4, 0, 8, 3)], ids=str)
 def test_windows(shape, dtype):
     assert_windows_are_accurate(shape[-1], *window.operands(shape, dtype))
 

@@ -1,8 +1,11 @@
 import pytest
+import timm
 import torch
+from torch._dynamo.utils import counters
 from torch.library import opcheck
 
 from foveal import ops
+from foveal.blocks import AggregatedAttention
 from foveal.ops import log_cpb, reference
 from tests.ops.helpers import assert_as_accurate, needs_compiler, poisoned_memory, results
 
@@ -86,3 +89,25 @@ def test_errors_name_the_argument():
         ops.log_cpb_table(torch.randn(3), torch.randn(3), weight1.T, bias1, weight2, bias2)
     with pytest.raises(ValueError, match="rows must have shape"):
         ops.log_cpb_table(torch.randn(3, 1), torch.randn(3), weight1, bias1, weight2, bias2)
+
+
+def graph_breaks(module, inputs):
+    """How often ``torch.compile`` breaks off over these inputs, the second of which makes sizes dynamic."""
+    torch._dynamo.reset()
+    counters["graph_break"].clear()
+    compiled = torch.compile(module, backend="eager")
+    with torch.no_grad():
+        for x in inputs:
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
+    return dict(counters["graph_break"])
+
+
+def test_graphs_of_several_sizes_are_whole():
+    block = AggregatedAttention(16, num_heads=2, pool_ratio=2).eval()
+    assert graph_breaks(block, [torch.randn(1, side, side + 2, 16) for side in (6, 8, 9)]) == {}
+
+
+@pytest.mark.slow
+def test_graphs_of_a_model_are_whole():
+    model = timm.create_model("transnext_pico").eval()
+    assert graph_breaks(model, [torch.randn(1, 3, side, side) for side in (64, 96, 128)]) == {}

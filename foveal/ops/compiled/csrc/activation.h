@@ -132,6 +132,14 @@ FOVEAL_HOST_DEVICE Activated<V> activate_with_slope(V x) {
   return {x, V{} + S(1)};
 }
 
+// The gradient of x from that of act(x).
+template <Act act, class S, class V>
+FOVEAL_HOST_DEVICE V through_activation(V grad, V slope) {
+  if constexpr (act == Act::relu) return slope == S(0) ? V{} : grad;  // 0 times infinity is 0 there
+  if constexpr (act == Act::identity) return grad;
+  return grad * slope;
+}
+
 template <Act act>
 struct ActType {
   static constexpr Act value = act;

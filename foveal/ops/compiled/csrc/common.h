@@ -65,6 +65,7 @@ InstructionSet instruction_set();
 // Run `body(context, begin, end)` over [0, count) on PyTorch's threads, at least `grain` items each.
 void run_parallel(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 int64_t thread_count();
+[[noreturn]] void out_of_memory(int64_t bytes);
 
 }  // namespace foveal
 

@@ -46,7 +46,7 @@ struct GatePixelGradient {
 template <Act act, class S, class V>
 FOVEAL_HOST_DEVICE GatePixelGradient<V> gate_pixel_gradient(V grad, V convolved, V value) {
   const Activated<V> gate = activate_with_slope<act, S>(convolved);
-  return {grad * value * gate.slope, grad * gate.value};
+  return {through_activation<act, S>(grad * value, gate.slope), grad * gate.value};
 }
 
 }  // namespace FOVEAL_ISA

@@ -81,6 +81,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   return empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
+inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+}
+
 // What a backward op returns for a gradient that nobody asked for.
 inline Tensor no_gradient(const Tensor& grad) { return empty(grad, {0}, grad.scalar_type()); }
 

@@ -1,5 +1,9 @@
 // aggregated_attention: from tensors to one problem in numbers and pointers.
 #include "attention.h"
+
+#include <stdexcept>
+
+#include "doors.h"
 #include "window_tensors.h"
 
 namespace foveal {
@@ -7,9 +11,12 @@ namespace {
 
 const int64_t* indices(const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); }
 
+// Raises what the definition raises: an IndexError.
 void check_indices(const Tensor& x, int64_t size, const char* name) {
   for (int64_t i = 0; i < x.numel(); ++i) {
-    STD_TORCH_CHECK(indices(x)[i] >= 0 && indices(x)[i] < size, name, " must lie in [0, ", size, "), got ", indices(x)[i]);
+    if (indices(x)[i] >= 0 && indices(x)[i] < size) continue;
+    throw std::out_of_range(std::string(name) + " must lie in [0, " + std::to_string(size) + "), got " +
+                            std::to_string(indices(x)[i]));
   }
 }
 
@@ -20,7 +27,7 @@ class ColumnLayout {
  public:
   ColumnLayout(const Tensor& columns, int64_t table_width)
       : index_(indices(columns)), queries_(columns.size(0)), keys_(columns.size(1)), table_width_(table_width) {
-    step_ = queries_ > 1 && keys_ > 0 ? index_[keys_] - index_[0] : 1;
+    step_ = queries_ > 1 ? index_[keys_] - index_[0] : queries_;
     for (int64_t j = 1; j < queries_; ++j)
       for (int64_t b = 0; b < keys_; ++b)
         if (index_[j * keys_ + b] != index_[b] + step_ * j) step_ = 0;
@@ -67,10 +74,12 @@ class Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool,
        const Tensor& scale, const Optional& optional, int64_t window_size, bool length_scaled, bool normalize) {
+    check_attention(q, k, v, k_pool, v_pool, scale, optional.query_embedding, optional.window_bias, optional.pool_bias,
+                    optional.pool_rows, optional.pool_columns, optional.positional_tokens, optional.positional_bias,
+                    window_size);
     AttentionProblem<A>& p = problem;
     p.batch = q.size(0), p.height = q.size(1), p.width = q.size(2), p.heads = q.size(3), p.d = q.size(4);
     p.pool_height = k_pool.size(1), p.pool_width = k_pool.size(2), p.window_size = window_size;
-    STD_TORCH_CHECK(p.d <= 128, "a head dimension of ", p.d, " is not served (at most 128)");
     p.bfloat16_maps = q.scalar_type() == ScalarType::BFloat16;
     p.length_scaled = length_scaled, p.normalize = normalize;
     p.q = map(q), p.k = map(k), p.v = map(v), p.k_pool = map(k_pool), p.v_pool = map(v_pool);
@@ -136,10 +145,11 @@ std::tuple<Tensor, Tensor> attention_with(
     AttentionProblem<A>& p = call.problem;
     Tensor out = empty(q, {p.batch, p.height, p.width, p.heads, p.d}, q.scalar_type());
     Tensor lse = input_bias ? no_gradient(q) : empty(q, {p.batch, p.height, p.width, p.heads}, compute_type(q));
+    if (input_bias) Door("q", q, 5).parameter("input_bias", input_bias, {3, p.heads, p.d});
     p.out = head_map(out);
     p.lse = input_bias ? nullptr : static_cast<A*>(lse.data_ptr());
     p.input_bias = call.parameter(input_bias);
-    if (out.numel() > 0) attention_forward(p);
+    if (lse.numel() > 0 || out.numel() > 0) attention_forward(p);
     return std::make_tuple(out, lse);
   });
 }
@@ -228,6 +238,26 @@ Gradients attention_gradients(
   return with_computed(q, [&](auto type) -> Gradients {
     using A = typename decltype(type)::type;
     Call<A> call(q, k, v, k_pool, v_pool, scale, optional, window_size, length_scaled, normalize);
+    check_attention_gradient(grad, lse, q);
+    if (!pool_bias) wanted &= ~want_pool_bias;
+    if (grad.numel() == 0) {  // without a query every gradient is zero
+      const auto zero = [&](const std::optional<Tensor>& x, int64_t want) {
+        return x && wanted & want ? torch::stable::new_zeros(*x, x->sizes()) : no_gradient(grad);
+      };
+      return {zero(q, want_q),
+              zero(k, want_k),
+              zero(v, want_v),
+              zero(k_pool, want_k_pool),
+              zero(v_pool, want_v_pool),
+              zero(scale, want_scale),
+              zero(query_embedding, want_query_embedding),
+              zero(window_bias, want_window_bias),
+              zero(pool_bias, want_pool_bias),
+              no_gradient(grad),
+              no_gradient(grad),
+              zero(positional_tokens, want_positional_tokens),
+              zero(positional_bias, want_positional_bias)};
+    }
     AttentionBackward<A> args{};
     AttentionProblem<A>& p = args.problem;
     p = call.problem;

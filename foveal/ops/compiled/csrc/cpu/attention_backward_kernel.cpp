@@ -135,6 +135,8 @@ class Backward {
     const A* from = p.lse + ((rows.image * p.height + i) * p.width + x) * p.heads + head;
     for (int64_t lane = 0; lane < rows.tiles.valid_lanes(x); ++lane) lse[lane] = from[lane * p.heads];
 
+    // NaN and infinities in what all lanes share must not reach lanes off the map, which sums and rings hold as zeros.
+    const auto on_map = rows.tiles.lanes_on_map(x);
     rows.positional_weights(query, positional);
     rows.values.point_at_window(i, x, p.height, rows.cells);
     in_even_blocks<9>(p.cells(), [&](auto size, int64_t first) {
@@ -142,17 +144,17 @@ class Backward {
       Vector<A> sums[N] = {};
       dot<N>(g, upstream.stride(), dim(), WindowRows<A>{rows.cells, rows.values.stride()}, first, sums);
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) store(near_weight_grads + (first + n) * lanes<A>, sums[n]);
+      for (int n = 0; n < N; ++n) store(near_weight_grads + (first + n) * lanes<A>, on_map ? sums[n] : Vector<A>{});
     });
     rows.window_logits(u, embedded.stride(), x, near_logit_grads);
     Sums sums{};
     for (int64_t n = 0; n < p.cells(); ++n) {
       A* near = near_logit_grads + n * lanes<A>;
-      const Vector<A> weight = softmax_weight(load(near), lse);
+      const Vector<A> weight = on_map ? softmax_weight(load(near), lse) : Vector<A>{};
       store(near, weight);
       sums.add(weight, load(near_weight_grads + n * lanes<A>));
     }
-    pooled_weights(x, u, g, lse, sums);
+    pooled_weights(x, u, g, lse, on_map, sums);
 
     // The gradient of a softmax's logit: its weight times (the weight's gradient - the mean of these). The log-sum-exp
     // is rounded, so the weights are made to add up to 1 again, or an error common to all of them would remain.
@@ -164,7 +166,8 @@ class Backward {
       const Vector<A> logit_grad = weight * (load(near_weight_grads + n * lanes<A>) - mean);
       store(near, logit_grad);
       store(logit_grads.at(i, x) + n * logit_grads.stride(), logit_grad);
-      store(weights.at(i, x) + n * weights.stride(), weight + load(positional + n * lanes<A>));
+      const Vector<A> both = weight + load(positional + n * lanes<A>);
+      store(weights.at(i, x) + n * weights.stride(), on_map ? both : Vector<A>{});
     }
     if (!own) return;
 
@@ -191,7 +194,8 @@ class Backward {
   };
 
   // The weights of the pooled keys, and their gradients.
-  void pooled_weights(int64_t x, const A* u, const A* g, Vector<A> lse, Sums& sums) {
+  template <class Mask>
+  void pooled_weights(int64_t x, const A* u, const A* g, Vector<A> lse, Mask on_map, Sums& sums) {
     rows.pooled_logits(u, embedded.stride(), x, 0, p.keys(), [&](auto size, auto& logits, int64_t first) {
       constexpr int N = decltype(size)::value;
       Sums block{};  // sums of sums err less than one over all keys
@@ -199,10 +203,11 @@ class Backward {
       dot<N>(g, upstream.stride(), dim(), SharedRows<A>{rows.pooled_values, dim()}, first, weight_grads);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
-        const Vector<A> weight = softmax_weight(logits[n], lse);
-        block.add(weight, weight_grads[n]);
+        const Vector<A> weight = on_map ? softmax_weight(logits[n], lse) : Vector<A>{};
+        const Vector<A> weight_grad = on_map ? weight_grads[n] : Vector<A>{};
+        block.add(weight, weight_grad);
         store(far_weights + (first + n) * lanes<A>, weight);
-        store(far_grads + (first + n) * lanes<A>, weight_grads[n]);
+        store(far_grads + (first + n) * lanes<A>, weight_grad);
       }
       sums.weights += block.weights;
       sums.products += block.products;

@@ -97,7 +97,7 @@ class VisibleRows {
     for (int64_t n = 0; n < p.cells(); ++n) {
       const int64_t y = i + n / p.window_size - p.radius();
       const A bias = p.window_bias ? p.window_bias[head * p.cells() + n] : A(0);
-      row_bias_[n] = y < 0 || y >= p.height ? -__builtin_inf() : bias;
+      row_bias_[n] = y < 0 || y >= p.height ? bias - A(__builtin_inf()) : bias;
     }
     const BiasTable<A>& bias = p.pool_bias;
     if (!bias.data) return;

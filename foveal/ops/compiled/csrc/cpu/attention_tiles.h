@@ -327,6 +327,7 @@ FOVEAL_INLINE void tile_to_rows(const A* tile, int64_t stride, int64_t d, T* con
 // d channels of one pixel, to and from the type computed in.
 template <class A>
 FOVEAL_INLINE void read_pixel(const char* from, bool is_bfloat16, int64_t d, A* to) {
+  if (d == 0) return;  // from nowhere
   if constexpr (sizeof(A) == sizeof(float)) {
     if (is_bfloat16) {
       const bfloat16* half = reinterpret_cast<const bfloat16*>(from);

@@ -1,6 +1,7 @@
 // depthwise_gate and its gradient on tensors of the CPU.
 #include "gate.h"
-#include "tensor.h"
+
+#include "doors.h"
 
 namespace foveal {
 namespace {
@@ -11,12 +12,14 @@ GateShape gate_shape(const Tensor& x, const Tensor& weight) {
 
 Tensor gate(const Tensor& x, const std::optional<Tensor>& input_bias, const Tensor& weight,
             const std::optional<Tensor>& bias, const std::string& act) {
+  check_gate(nullptr, x, input_bias, weight, bias);
   const Tensor map = with_dense_rows(x), w = dense(weight, compute_type(x));
   const auto added = dense(input_bias, x.scalar_type()), b = dense(bias, compute_type(x));
   const GateShape shape = gate_shape(x, weight);
   Tensor out = empty(x, {shape.batch, shape.height, shape.width, shape.channels}, x.scalar_type());
-  depthwise_gate_forward({shape, dtype_of(x), act_named(act), map.const_data_ptr(), pointer(added), w.const_data_ptr(),
-                          pointer(b), map_strides(map), out.mutable_data_ptr()});
+  const GateForward args{shape, dtype_of(x), act_named(act), map.const_data_ptr(), pointer(added), w.const_data_ptr(),
+                         pointer(b), map_strides(map), out.mutable_data_ptr()};
+  if (out.numel() > 0) depthwise_gate_forward(args);
   return out;
 }
 
@@ -31,6 +34,7 @@ Tensor forward_with_input_bias(const Tensor& x, const Tensor& input_bias, const 
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                             const std::optional<Tensor>& bias, const std::string& act, int64_t wanted) {
+  check_gate(&grad, x, std::nullopt, weight, bias);
   const Tensor upstream = with_dense_rows(grad), map = with_dense_rows(x), w = dense(weight, compute_type(x));
   const auto b = dense(bias, compute_type(x));
   const GateShape shape = gate_shape(x, weight);
@@ -42,14 +46,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     args.grad_x = grad_x.mutable_data_ptr();
   }
   if (wanted & 2) {
-    grad_weight = empty(x, {shape.channels, 1, shape.size, shape.size}, compute_type(x));
+    grad_weight = zeros(x, {shape.channels, 1, shape.size, shape.size}, compute_type(x));
     args.grad_weight = grad_weight.mutable_data_ptr();
   }
   if (wanted & 4 && bias) {
-    grad_bias = empty(x, {shape.channels}, compute_type(x));
+    grad_bias = zeros(x, {shape.channels}, compute_type(x));
     args.grad_bias = grad_bias.mutable_data_ptr();
   }
-  if (wanted) depthwise_gate_backward(args);
+  if (wanted && grad.numel() > 0) depthwise_gate_backward(args);
   if (args.grad_weight) grad_weight = dense(grad_weight, weight.scalar_type());
   if (args.grad_bias) grad_bias = dense(grad_bias, bias->scalar_type());
   return {grad_x, grad_weight, grad_bias};

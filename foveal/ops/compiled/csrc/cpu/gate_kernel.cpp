@@ -170,7 +170,8 @@ template <class T, Act act>
 void forward(const GateForward& args) {
   using S = Compute<T>;
   const Plan<S> plan(args.shape);
-  const auto& [batch, height, width, channels, size] = args.shape;
+  const int64_t &batch = args.shape.batch, &height = args.shape.height, &width = args.shape.width;
+  const int64_t &channels = args.shape.channels, &size = args.shape.size;
   const MapStrides strides = args.x_strides;
   Parameters<S> parameters(plan, args.weight, args.bias, false);
   const InputBias<T> input_bias(plan, args.input_bias, parameters);
@@ -228,7 +229,8 @@ template <class T, Act act>
 void backward(const GateBackward& args) {
   using S = Compute<T>;
   const Plan<S> plan(args.shape);
-  const auto& [batch, height, width, channels, size] = args.shape;
+  const int64_t &batch = args.shape.batch, &height = args.shape.height, &width = args.shape.width;
+  const int64_t &channels = args.shape.channels, &size = args.shape.size;
   const int64_t taps = plan.taps(), radius = plan.radius, padded = plan.padded_channels;
   const MapStrides strides = args.x_strides, upstream = args.grad_strides;
   const Parameters<S> parameters(plan, args.weight, args.bias, false), turned(plan, args.weight, nullptr, true);

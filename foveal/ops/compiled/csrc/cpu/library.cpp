@@ -34,6 +34,8 @@ void run_parallel(int64_t count, int64_t grain, void (*body)(void*, int64_t, int
   }
 }
 
+void out_of_memory(int64_t bytes) { STD_TORCH_CHECK(false, "there is no memory for ", bytes, " bytes"); }
+
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 }  // namespace foveal

@@ -1,6 +1,6 @@
 // log_cpb_table and its gradient on tensors of the CPU.
 #include "cpu/log_cpb.h"
-#include "tensor.h"
+#include "doors.h"
 
 namespace foveal {
 namespace {
@@ -12,8 +12,20 @@ const void* second_half(const Tensor& x) {
   return static_cast<const char*>(x.const_data_ptr()) + x.numel() / 2 * x.element_size();
 }
 
+void check(const Tensor& rows, const Tensor& columns, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2) {
+  const Door door("weight2", weight2, 2);
+  check_dim("rows", rows, 1);
+  check_dim("columns", columns, 1);
+  door.parameter("rows", rows, {rows.size(0)});
+  door.parameter("columns", columns, {columns.size(0)});
+  door.parameter("weight1", weight1, {weight2.size(1), 2});
+  door.parameter("bias1", bias1, {weight2.size(1)});
+}
+
 Tensor forward(const Tensor& rows, const Tensor& columns, const Tensor& weight1, const Tensor& bias1,
                const Tensor& weight2, const Tensor& bias2) {
+  check(rows, columns, weight1, bias1, weight2);
+  Door("weight2", weight2, 2).parameter("bias2", bias2, {weight2.size(0)});
   const ScalarType type = compute_type(weight2);
   const Tensor r = dense(rows, type), c = dense(columns, type), w1 = laid_apart(weight1, type), b1 = dense(bias1, type);
   const Tensor w2 = dense(weight2, type), b2 = dense(bias2, type);
@@ -28,6 +40,8 @@ Tensor forward(const Tensor& rows, const Tensor& columns, const Tensor& weight1,
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& rows, const Tensor& columns,
                                                     const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                                                     const Tensor& bias2, int64_t wanted) {
+  check(rows, columns, weight1, bias1, weight2);
+  Door("weight2", weight2, 2).parameter("grad", grad, {weight2.size(0), rows.size(0), columns.size(0)});
   const ScalarType type = compute_type(weight2);
   const Tensor r = dense(rows, type), c = dense(columns, type), w1 = laid_apart(weight1, type), b1 = dense(bias1, type);
   const Tensor w2 = dense(weight2, type), g = dense(grad, type);

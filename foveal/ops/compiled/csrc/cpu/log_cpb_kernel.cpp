@@ -22,7 +22,7 @@ FOVEAL_INLINE void for_head_groups(int64_t heads, F&& body) {
 
 template <class S>
 FOVEAL_INLINE Vector<S> rectified(Vector<S> x) {
-  return x > S(0) ? x : Vector<S>{};
+  return x <= S(0) ? Vector<S>{} : x;  // NaN stays
 }
 
 // One row of the table, for a group of heads from `first` on.
@@ -87,7 +87,7 @@ void backward_units(const LogCpbBackward& args, int64_t u, int64_t count) {
           sum[h] += x * upstream;
           slope += w[h] * upstream;
         }
-        slope = before > S(0) ? slope : Vector<S>{};
+        slope = before <= S(0) ? Vector<S>{} : slope;
         row_bias += slope;
         row_column += slope * column[c];
       }

@@ -1,13 +1,14 @@
 // activate_and_pool and its gradient on tensors of the CPU.
 #include "pool.h"
 
-#include "tensor.h"
+#include "doors.h"
 
 namespace foveal {
 namespace {
 
 Tensor pool(const Tensor& x, const std::optional<Tensor>& input_bias, const std::vector<int64_t>& grid,
             const std::string& act) {
+  check_pool(x, input_bias, grid);
   const Tensor map = with_dense_rows(x);
   const auto added = dense(input_bias, x.scalar_type());
   const PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), grid[0], grid[1]};
@@ -27,6 +28,7 @@ Tensor forward_with_input_bias(const Tensor& x, const Tensor& input_bias, const 
 }
 
 Tensor backward(const Tensor& grad, const Tensor& x, const std::string& act) {
+  check_pool_gradient(grad, x);
   const Tensor upstream = with_dense_rows(grad), map = with_dense_rows(x);
   const PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), grad.size(1), grad.size(2)};
   Tensor grad_x = empty(x, {shape.batch, shape.height, shape.width, shape.channels}, x.scalar_type());

@@ -7,7 +7,8 @@ namespace {
 
 template <Act act, class T, class S = Compute<T>>
 void forward_rows(const PoolForward& args, int64_t begin, int64_t end) {
-  const auto& [batch, height, width, channels, pooled_height, pooled_width] = args.shape;
+  const int64_t &height = args.shape.height, &width = args.shape.width, &channels = args.shape.channels;
+  const int64_t &pooled_height = args.shape.pooled_height, &pooled_width = args.shape.pooled_width;
   const T* input_bias = static_cast<const T*>(args.input_bias);
   Scratch<S> sums(width * channels);
   for (int64_t task = begin; task < end; ++task) {
@@ -38,7 +39,8 @@ void forward_rows(const PoolForward& args, int64_t begin, int64_t end) {
 
 template <Act act, class T, class S = Compute<T>>
 void backward_rows(const PoolBackward& args, int64_t begin, int64_t end) {
-  const auto& [batch, height, width, channels, pooled_height, pooled_width] = args.shape;
+  const int64_t &height = args.shape.height, &width = args.shape.width, &channels = args.shape.channels;
+  const int64_t &pooled_height = args.shape.pooled_height, &pooled_width = args.shape.pooled_width;
   Scratch<S> sums(pooled_width * channels);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / height, i = task % height;
@@ -64,7 +66,7 @@ void backward_rows(const PoolBackward& args, int64_t begin, int64_t end) {
         Vector<S> sum = {};
         for (int64_t b = beside.first; b < beside.end; ++b) sum += load<S>(sums + (b * channels + c), n);
         const Vector<S> cell = load<S>(x + j * args.x_strides.column + c, n);
-        store(out + j * channels + c, sum * activate_with_slope<act, S>(cell).slope, n);
+        store(out + j * channels + c, through_activation<act, S>(sum, activate_with_slope<act, S>(cell).slope), n);
       });
     }
   }

@@ -27,8 +27,14 @@ template <class S>
 constexpr int lanes = FOVEAL_VECTOR_BYTES / int(sizeof(S));
 
 template <class S>
-struct VectorOf {
-  typedef S type __attribute__((vector_size(FOVEAL_VECTOR_BYTES)));
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(FOVEAL_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(FOVEAL_VECTOR_BYTES)));
 };
 template <class S>
 using Vector = typename VectorOf<S>::type;
@@ -147,7 +153,7 @@ template <class S>
 class Scratch {
  public:
   explicit Scratch(int64_t size) : data_(static_cast<S*>(aligned_alloc(64, (size * sizeof(S) / 64 + 1) * 64))) {
-    if (data_ == nullptr) abort();
+    if (data_ == nullptr) out_of_memory(size * sizeof(S));
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;

@@ -31,6 +31,9 @@ class MapTiles {
   // How many lanes of a tile at column x lie on the map.
   int64_t valid_lanes(int64_t x) const { return least(width_ - x, int64_t(lanes<A>)); }
 
+  // Which lanes are these: a mask for `mask ? a : b`.
+  FOVEAL_INLINE auto lanes_on_map(int64_t x) const { return FOVEAL_ISA::load(ones_ + lanes<A> - valid_lanes(x)) > A(0); }
+
   // Lanes outside the map become zero. `added`, where given, has an addend for every channel of the map.
   FOVEAL_INLINE void load(const HeadMap& map, Place place, int64_t channels, A* tile, int64_t stride,
                           const A* added = nullptr) const {
@@ -46,8 +49,8 @@ class MapTiles {
       }
       for (int64_t lane = valid; lane < lanes<A>; ++lane) rows[lane] = reinterpret_cast<const T*>(zeros_);
       if (!added) return rows_to_tile(rows, channels, tile, stride);
-      const Vector<A> on_map = FOVEAL_ISA::load(ones_ + lanes<A> - valid);
-      rows_to_tile(rows, channels, tile, stride, [&](int64_t c, Vector<A> x) { return x + added[c] * on_map; });
+      const auto on_map = lanes_on_map(place.x);
+      rows_to_tile(rows, channels, tile, stride, [&](int64_t c, Vector<A> x) { return on_map ? x + added[c] : x; });
     });
   }
 

@@ -3,6 +3,7 @@
 
 #include "cuda/gate_cells.cuh"
 #include "cuda/gate_strips.cuh"
+#include "doors.h"
 
 namespace foveal::cuda {
 namespace {
@@ -241,9 +242,11 @@ struct Call {
 };
 
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& act) {
+  check_gate(nullptr, x, std::nullopt, weight, bias);
   const Call call(x, weight, bias, act);
   const GateShape& shape = call.shape;
   Tensor out = empty(x, {shape.batch, shape.height, shape.width, shape.channels}, x.scalar_type());
+  if (out.numel() == 0) return out;
   with_type(x, [&](auto type) {
     using T = typename decltype(type)::type;
     if (call.by_strips({&call.x})) {
@@ -268,26 +271,33 @@ constexpr int64_t chunk_bytes = FOVEAL_GATE_CHUNK;
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                             const std::optional<Tensor>& bias, const std::string& act, int64_t wanted) {
+  check_gate(&grad, x, std::nullopt, weight, bias);
   const Call call(x, weight, bias, act);
   const Tensor upstream = with_dense_rows(grad);
   const auto& [batch, height, width, channels, size] = call.shape;
   const bool want_x = wanted & 1, want_weight = wanted & 2, want_bias = wanted & 4 && bias;
   const int64_t taps = size * size, image_cells = height * width * channels;
-  const bool by_strips = call.by_strips({&call.x, &upstream});
+  Tensor grad_x = no_gradient(grad), grad_weight = no_gradient(grad), grad_bias = no_gradient(grad);
+  if (want_x) grad_x = empty(x, {batch, height, width, 2 * channels}, x.scalar_type());
+  if (want_weight) grad_weight = torch::stable::new_zeros(call.weight, call.weight.sizes());
+  if (want_bias) grad_bias = torch::stable::new_zeros(call.weight, {channels});
+  const auto results = [&] {
+    if (want_weight) grad_weight = dense(grad_weight, weight.scalar_type());
+    if (want_bias) grad_bias = dense(grad_bias, bias->scalar_type());
+    return std::make_tuple(grad_x, grad_weight, grad_bias);
+  };
+  if (grad.numel() == 0) return results();
 
-  const int64_t chunk = std::clamp<int64_t>(chunk_bytes / (image_cells * x.element_size()), 1, std::max<int64_t>(batch, 1));
+  const bool by_strips = call.by_strips({&call.x, &upstream});
+  const int64_t chunk = std::clamp<int64_t>(chunk_bytes / (image_cells * x.element_size()), 1, batch);
   GateShape shape = call.shape;
   shape.batch = chunk;
   const Strips narrow_strips = strips_of(shape, ceil_div(width, block_columns) * ceil_div(channels, lanes * narrow));
   const int64_t tasks = by_strips ? narrow_strips.tasks * ceil_div(width, block_columns) : ceil_div(chunk * height * width, 8);
   const int64_t slabs = by_strips ? ceil_div(channels, lanes * narrow) : ceil_div(channels, 32) * (taps + 1);
-  const int64_t parts = std::clamp<int64_t>(1024 / slabs, 1, std::max<int64_t>(tasks, 1));
+  const int64_t parts = std::clamp<int64_t>(1024 / slabs, 1, tasks);
 
-  const bool want_parameters = (want_weight || want_bias) && batch > 0;
-  Tensor grad_x = no_gradient(grad), grad_weight = no_gradient(grad), grad_bias = no_gradient(grad);
-  if (want_x) grad_x = empty(x, {batch, height, width, 2 * channels}, x.scalar_type());
-  if (want_weight) grad_weight = torch::stable::new_zeros(call.weight, call.weight.sizes());
-  if (want_bias) grad_bias = torch::stable::new_zeros(call.weight, {channels});
+  const bool want_parameters = want_weight || want_bias;
   Tensor partial = empty(call.weight, {want_parameters ? parts * (taps + 1) * channels : 0}, ScalarType::Float);
   Tensor grad_convolved = empty(x, {chunk * image_cells}, by_strips ? x.scalar_type() : ScalarType::Float);
 
@@ -331,9 +341,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                        channels, data<float>(partial), want_weight ? mutable_data<float>(grad_weight) : nullptr,
                        want_bias ? mutable_data<float>(grad_bias) : nullptr);
   }
-  if (want_weight) grad_weight = dense(grad_weight, weight.scalar_type());
-  if (want_bias) grad_bias = dense(grad_bias, bias->scalar_type());
-  return {grad_x, grad_weight, grad_bias};
+  return results();
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "pool.h"
 
 #include "cuda/launch.cuh"
+#include "doors.h"
 
 namespace foveal::cuda {
 namespace {
@@ -83,7 +84,10 @@ pool_backward(PoolShape shape, Act act, const T* grad, MapStrides grad_strides, 
       Floats<n> cell = load<n>(x + image * x_strides.batch + i * x_strides.row + j * x_strides.column + c);
       with_act(act, [&](auto activation) {
 #pragma unroll
-        for (int k = 0; k < n; ++k) cell[k] = sum[k] * activate_with_slope<activation.value, float>(cell[k]).slope;
+        for (int k = 0; k < n; ++k) {
+          const float slope = activate_with_slope<activation.value, float>(cell[k]).slope;
+          cell[k] = through_activation<activation.value, float>(sum[k], slope);
+        }
       });
       store(grad_x + (row * width + j) * shape.channels + c, cell);
     }
@@ -100,10 +104,12 @@ void with_width(const PoolShape& shape, std::initializer_list<const Tensor*> map
 }
 
 Tensor forward(const Tensor& x, const std::vector<int64_t>& grid, const std::string& act) {
+  check_pool(x, std::nullopt, grid);
   const Device device(x);
   const Tensor map = with_dense_rows(x);
   const PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), grid[0], grid[1]};
   Tensor out = empty(x, {shape.batch, grid[0], grid[1], shape.channels}, x.scalar_type());
+  if (out.numel() == 0) return out;
   with_type(x, [&](auto type) {
     using T = typename decltype(type)::type;
     with_width<T>(shape, {&map}, [&](auto count) {
@@ -121,10 +127,12 @@ Tensor forward(const Tensor& x, const std::vector<int64_t>& grid, const std::str
 }
 
 Tensor backward(const Tensor& grad, const Tensor& x, const std::string& act) {
+  check_pool_gradient(grad, x);
   const Device device(x);
   const Tensor upstream = with_dense_rows(grad), map = with_dense_rows(x);
   const PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), grad.size(1), grad.size(2)};
   Tensor grad_x = empty(x, {shape.batch, shape.height, shape.width, shape.channels}, x.scalar_type());
+  if (grad_x.numel() == 0) return grad_x;
   with_type(x, [&](auto type) {
     using T = typename decltype(type)::type;
     with_width<T>(shape, {&map, &upstream}, [&](auto count) {

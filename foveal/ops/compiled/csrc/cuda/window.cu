@@ -2,6 +2,7 @@
 #include "window.h"
 
 #include "cuda/launch.cuh"
+#include "doors.h"
 
 namespace foveal::cuda {
 namespace {
@@ -115,6 +116,7 @@ Tensor product(Product kind, const Tensor& left, const Tensor& right, int64_t wi
   const Tensor dense_left = with_dense_rows(left), dense_right = with_dense_rows(right);
   const WindowShape shape{right.size(0), right.size(1), right.size(2), right.size(3), right.size(4), int(window_size)};
   Tensor out = empty(right, {shape.batch, shape.height, shape.width, shape.heads, channels}, right.scalar_type());
+  if (out.numel() == 0) return out;
   with_type(right, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto by_groups = [&](auto count) {
@@ -140,22 +142,28 @@ Tensor product(Product kind, const Tensor& left, const Tensor& right, int64_t wi
 }
 
 Tensor scores(const Tensor& q, const Tensor& k, int64_t window_size) {
+  check_window("q", q, "k", k, window_size);
   return product(Product::dot, q, k, window_size, window_size * window_size, -__builtin_inf());
 }
 
 std::tuple<Tensor, Tensor> scores_gradients(const Tensor& grad, const Tensor& q, const Tensor& k, int64_t window_size,
                                             int64_t wanted) {
+  check_window("q", q, "k", k, window_size);
+  check_window("q", q, "grad", grad, window_size, true);
   const int64_t d = q.size(4);
   return {wanted & 1 ? product(Product::weigh, grad, k, window_size, d) : no_gradient(grad),
           wanted & 2 ? product(Product::collect, grad, q, window_size, d) : no_gradient(grad)};
 }
 
 Tensor sum(const Tensor& weights, const Tensor& v, int64_t window_size) {
+  check_window("v", v, "weights", weights, window_size, true);
   return product(Product::weigh, weights, v, window_size, v.size(4));
 }
 
 std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& weights, const Tensor& v,
                                          int64_t window_size, int64_t wanted) {
+  check_window("v", v, "weights", weights, window_size, true);
+  check_window("v", v, "grad", grad, window_size);
   return {wanted & 1 ? product(Product::dot, grad, v, window_size, window_size * window_size) : no_gradient(grad),
           wanted & 2 ? product(Product::collect, weights, grad, window_size, v.size(4)) : no_gradient(grad)};
 }

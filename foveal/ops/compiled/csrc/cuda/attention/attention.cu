@@ -13,6 +13,8 @@ std::tuple<Tensor, Tensor> attention(
     const std::optional<Tensor>& pool_bias, const std::optional<Tensor>& pool_rows,
     const std::optional<Tensor>& pool_columns, const std::optional<Tensor>& positional_tokens,
     const std::optional<Tensor>& positional_bias, int64_t window_size, bool length_scaled, bool normalize) {
+  check_attention(q, k, v, k_pool, v_pool, scale, query_embedding, window_bias, pool_bias, pool_rows, pool_columns,
+                  positional_tokens, positional_bias, window_size);
   const Device device(q);
   Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4)}, q.scalar_type());
   Tensor lse = empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, ScalarType::Float);
@@ -156,6 +158,9 @@ Gradients attention_gradients(
     const std::optional<Tensor>& pool_rows, const std::optional<Tensor>& pool_columns,
     const std::optional<Tensor>& positional_tokens, const std::optional<Tensor>& positional_bias, int64_t window_size,
     bool length_scaled, bool normalize, int64_t wanted) {
+  check_attention(q, k, v, k_pool, v_pool, scale, query_embedding, window_bias, pool_bias, pool_rows, pool_columns,
+                  positional_tokens, positional_bias, window_size);
+  check_attention_gradient(grad, lse, q);
   const Device device(q);
   const auto gradient_of = [&](const std::optional<Tensor>& x, int64_t want) {
     if (!x || !(wanted & want)) return no_gradient(grad);

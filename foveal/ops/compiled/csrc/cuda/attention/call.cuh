@@ -3,6 +3,7 @@
 
 #include "cuda/attention/launches.cuh"
 #include "cuda/launch.cuh"
+#include "doors.h"
 #include "window_tensors.h"
 
 namespace foveal::cuda {
@@ -47,8 +48,6 @@ class Call {
     p.window_size = int(window_size), p.length_scaled = length_scaled, p.normalize = normalize;
     const int64_t cells = std::max(q.size(1) * q.size(2), maps.k_pool.size(1) * maps.k_pool.size(2));
     STD_TORCH_CHECK(cells <= 1 << 30, "maps of ", cells, " cells are not served (at most 2^30)");
-    STD_TORCH_CHECK(p.keys() > 0, "a pooled map without cells is not served");
-    STD_TORCH_CHECK(p.d <= 128, "a head dimension of ", p.d, " is not served (at most 128)");
     p.q = map(q), p.k = map(maps.k), p.v = map(maps.v), p.k_pool = map(maps.k_pool), p.v_pool = map(maps.v_pool);
     p.scale = dense_parameter(parameters.scale);
     p.query_embedding = dense_parameter(parameters.query_embedding);
