@@ -1,6 +1,7 @@
-"""``python -m foveal build`` on a terminal shows how far it is."""
+"""``python -m foveal build`` on a terminal shows how far it is; the package is found wherever Python starts."""
 
 import io
+import subprocess
 import sys
 import time
 
@@ -45,3 +46,11 @@ def test_a_build_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "build", failing_build)
     with pytest.raises(build.BuildError, match="no compiler"):
         main.build_counting_files(TARGET)
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    """As above a clone, where Python would make a namespace package of the folder before it asks an editable install."""
+    (tmp_path / "foveal" / "docs").mkdir(parents=True)
+    code = "import foveal, timm; print(foveal.swap.__name__, timm.is_model('transnext_tiny'))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout == "swap True\n"

@@ -47,7 +47,8 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
     """Whether calling a layer on ``x`` does nothing but its class's arithmetic on ordinary parameters beside ``x``.
 
     It does not where somebody has replaced, wrapped, subclassed, hooked, reparametrised, quantised or compiled it, set
-    it up otherwise than foveal does, or keeps its weights elsewhere between calls. Then it is to be called.
+    it up otherwise than foveal's ops assume (a Conv2d: depthwise, of unchanged size), or keeps its weights elsewhere
+    between calls. Then it is to be called.
     """
     kind: Any = type(module)
     if not isinstance(x, Tensor) or _FORWARDS.get(kind) is not kind.forward or not is_untouched(module):
@@ -56,7 +57,7 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
     for parameter in module._parameters.values():
         if parameter is not None and (type(parameter) is not nn.Parameter or parameter.device != device):
             return False
-    return _is_set_up_as_usual(module)
+    return _suits_ops(module)
 
 
 def are_plain(x: Tensor, *modules: nn.Module) -> bool:
@@ -88,8 +89,8 @@ def weights_of(*layers: Any) -> list[Any]:
     return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
 
 
-def _is_set_up_as_usual(module: Any) -> bool:
-    """Parameters where the class keeps them, and the settings that foveal's ops assume."""
+def _suits_ops(module: Any) -> bool:
+    """Whether parameters are where the class keeps them, and settings are those that foveal's ops stand for."""
     kind, parameters = type(module), module._parameters
     if kind is nn.Linear:
         return parameters.get("weight") is not None and "bias" in parameters

@@ -84,6 +84,9 @@ class LengthScaledCosineAttention(MapModule):
         if self.query_embedding is not None:
             nn.init.trunc_normal_(self.query_embedding, std=0.02)
 
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, pretrain_grid={self.pretrain_grid}"
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"temperature"} | ({"query_embedding"} if self.query_embedding is not None else set())

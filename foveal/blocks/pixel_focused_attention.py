@@ -32,7 +32,7 @@ class PixelFocusedAttention(MapModule):
         num_heads: heads, a divisor of C.
         window_size: side k of the sliding window, odd. At the border the window is cut.
         pool_ratio: an H x W map is pooled to max(1, H // ratio) x max(1, W // ratio) cells.
-        pool_grid: a fixed pooled grid (Hp, Wp) instead (the paper's linear mode).
+        pool_grid: a fixed pooled grid (Hp, Wp), whatever the ratio (the paper's linear mode).
         pretrain_grid: the query grid (H, W) at pre-training, which normalises log-CPB's coordinates. None takes the
             grid of each input: fine alone, wrong for a model meant to extrapolate.
         qkv_bias: biases on queries, keys and values.
@@ -133,6 +133,13 @@ class PixelFocusedAttention(MapModule):
         if self.window_bias is not None:
             nn.init.trunc_normal_(self.window_bias, std=0.0004)
 
+    def extra_repr(self) -> str:
+        pool = f"pool_ratio={self.pool_ratio}" if self.pool_grid is None else f"pool_grid={self.pool_grid}"
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, {pool}, "
+            f"pretrain_grid={self.pretrain_grid}"
+        )
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         names = ("temperature", "query_embedding", "window_bias", "pool_bias")
@@ -143,7 +150,7 @@ class PixelFocusedAttention(MapModule):
         return self.pool_grid or (max(1, grid[0] // self.pool_ratio), max(1, grid[1] // self.pool_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.dim)
+        check_map(x, self.dim)  # equations 1-4 and 10-14 are in ops.aggregated_attention, equation 5 in the pool
         q, k, v = self.heads(self.qkv(x), 3)
         k_pool, v_pool = self.heads(self.pooled_kv(self.pool(x, self.key_grid(grid_of(x)))), 2)
         drop = self.attn_drop if self.training else 0.0

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveal.ops import reference
 from foveal.ops.backend import circumstances
 
 
@@ -27,9 +28,7 @@ def dense_attention(
     eager = not torch.compiler.is_compiling()
     by_products = eager and ((q.device.type == "cpu" and differentiated) or torch._C._len_torch_dispatch_stack() > 0)
     if not torch.compiler._is_exporting_flag and (by_products or circumstances(q)):
-        logits = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-2, -1)
-        weights = (logits if bias is None else logits + bias).softmax(dim=-1)
-        return F.dropout(weights, dropout_p) @ v
+        return reference.dense_attention(q, k, v, bias, scale, dropout_p)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     # Strides differ from kernel to kernel, and an exported view must hold for all.
     return out.clone(memory_format=torch.contiguous_format) if torch.compiler._is_exporting_flag else out

@@ -193,6 +193,17 @@ def aggregated_attention_weights(
     return near, far, positional, logits.logsumexp(dim=-1)
 
 
+@_without_autocast
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float
+) -> Tensor:
+    """``softmax(scale q k^T + bias) v``: ``(B, heads, N, d)``, twice ``(B, heads, M, d)`` to ``(B, heads, N, d)``."""
+    query, key, value = map(at_least_float32, (q, k, v))
+    logits = query * (q.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+    return (F.dropout(weights, dropout_p) @ value).to(v.dtype)
+
+
 def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A k x k depthwise convolution with zero padding over ``(B, H, W, C)``; weight ``(C, 1, k, k)``, bias ``(C,)``."""
     channels, _, size, _ = shape_of(weight)

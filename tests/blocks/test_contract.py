@@ -332,3 +332,16 @@ def test_initialisation_of_linears(layer):
 def test_no_weight_decay(block, names):
     assert block.no_weight_decay() == names
     assert names <= dict(block.named_parameters()).keys()
+
+
+def test_an_attention_says_what_it_is():
+    assert "dim=8, num_heads=2, window_size=3, pool_ratio=4, pretrain_grid=(6, 6)" in repr(
+        AggregatedAttention(8, 2, pool_ratio=4, pretrain_grid=6)
+    )
+    assert "pool_grid=(7, 7)" in repr(AggregatedAttention(8, 2, pool_ratio=4, pool_grid=7))
+    assert "dim=8, num_heads=2, pretrain_grid=None" in repr(LengthScaledCosineAttention(8, 2))
+
+
+def test_a_pooled_grid_goes_before_the_ratio():
+    both, grid = (AggregatedAttention(8, 2, pool_grid=2, **kwargs) for kwargs in ({"pool_ratio": 4}, {}))
+    assert both.key_grid((12, 12)) == grid.key_grid((12, 12)) == (2, 2)
