@@ -49,7 +49,7 @@ def test_a_build_that_fails_says_why(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
-    """As above a clone, where Python would make a namespace package of the folder before it asks an editable install."""
+    """As above a clone, where Python may take the folder for a namespace package."""
     (tmp_path / "foveal" / "docs").mkdir(parents=True)
     code = "import foveal, timm; print(foveal.swap.__name__, timm.is_model('transnext_tiny'))"
     command = [sys.executable, "-c", code]
