@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from foveal.blocks._checks import check_map, check_positive
+from foveal.blocks._convolution import convolve, depthwise_conv
 from foveal.blocks._initialization import init_convolution, init_linear
 from foveal.blocks._module import MapModule
-from foveal.blocks.depthwise_conv import convolve, depthwise_conv
 
 
 class ConvFFN(MapModule):

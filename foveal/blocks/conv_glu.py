@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from foveal.blocks._convolution import convolve
 from foveal.blocks._plain import activation_name, is_plain
-from foveal.blocks.depthwise_conv import convolve
 from foveal.blocks.glu import DepthwiseGLU
 from foveal.ops import depthwise_gate
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from foveal.blocks import _module
 from foveal.blocks._checks import Grid, check_map, grid_of
+from foveal.blocks._convolution import convolve
 from foveal.blocks._plain import activation_name, are_plain, is_idle, is_plain, weights_of
 from foveal.blocks.activate_and_pool import ActivateAndPool
 from foveal.blocks.aggregated_attention import AggregatedAttention
 from foveal.blocks.conv_glu import ConvGLU
-from foveal.blocks.depthwise_conv import convolve
 from foveal.blocks.glu import GLU, ConvGLUType1, ConvGLUType2, ConvGLUType3
 from foveal.blocks.patch_embed import OverlapPatchEmbed
 from foveal.blocks.pixel_focused_attention import PixelFocusedAttention

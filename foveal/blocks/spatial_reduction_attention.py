@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from foveal.blocks._attention_weights import AttentionWeights
 from foveal.blocks._checks import check_heads, check_map, check_positive, check_probability, grid_of
+from foveal.blocks._convolution import convolve
 from foveal.blocks._initialization import init_convolution, init_linear
 from foveal.blocks._module import MapModule
-from foveal.blocks.depthwise_conv import convolve
 from foveal.ops.dense_attention import dense_attention
 from foveal.ops.reference import at_least_float32
 

@@ -1,4 +1,4 @@
-"""Depthwise convolutions of channels-last maps."""
+"""Convolutions of channels-last maps."""
 
 from torch import Tensor, nn
 
