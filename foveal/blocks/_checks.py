@@ -20,7 +20,7 @@ def check_map(x: Tensor, dim: int) -> None:
         raise ValueError(f"x must have at least one row and one column, got {tuple(shape)}")
 
 
-def grid_of(x: Tensor) -> Grid:
+def grid_of_map(x: Tensor) -> Grid:
     """The rows and columns of a map ``(B, H, W, C)``."""
     _, height, width, _ = shape_of(x)
     return height, width

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from foveal.blocks._attention_weights import AttentionWeights
-from foveal.blocks._checks import Grid, check_heads, check_map, check_probability, grid_of, to_grid
+from foveal.blocks._checks import Grid, check_heads, check_map, check_probability, grid_of_map, to_grid
 from foveal.blocks._initialization import init_linear
 from foveal.blocks._module import MapModule
 from foveal.blocks._temperature import init_temperature, temperature_scale
@@ -93,7 +93,7 @@ class LengthScaledCosineAttention(MapModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        grid = grid_of(x)
+        grid = grid_of_map(x)
         q, k, v = self._heads(self.qkv(x))
         query, key = self._scaled(q, grid).to(v.dtype), unit(k).to(v.dtype)
         drop = self.attn_drop if self.training else 0.0
@@ -103,7 +103,7 @@ class LengthScaledCosineAttention(MapModule):
     def attention_weights(self, x: Tensor) -> AttentionWeights:
         """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
         check_map(x, self.dim)
-        grid = grid_of(x)
+        grid = grid_of_map(x)
         q, k, _ = self._heads(self.qkv(x))
         logits = at_least_float32(self._scaled(q, grid).to(q.dtype)) @ unit(k).mT
         bias = self._bias(x, logits.dtype)
@@ -128,7 +128,7 @@ class LengthScaledCosineAttention(MapModule):
     def _bias(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.log_cpb is None:
             return None
-        grid = grid_of(x)
+        grid = grid_of_map(x)
         declared = grid if self.bias_resampling == "extrapolate" else self.bias_grid or grid
         bias = self.log_cpb(declared, declared, self.pretrain_grid or declared, like=x)
         return bias.interpolate(grid, grid).dense().to(dtype)[None]

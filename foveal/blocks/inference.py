@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks import _module
-from foveal.blocks._checks import Grid, check_map, grid_of
+from foveal.blocks._checks import Grid, check_map, grid_of_map
 from foveal.blocks._convolution import convolve
 from foveal.blocks._plain import activation_name, are_plain, is_idle, is_plain, weights_of
 from foveal.blocks.activate_and_pool import ActivateAndPool
@@ -78,7 +78,7 @@ def _pixel_focused_attention(block: PixelFocusedAttention, x: Tensor, apart: boo
     if drops or not are_plain(x, block.qkv, block.proj) or not is_idle(block.proj_drop, x):
         return None
     q, k, v = block.heads(F.linear(x, block.qkv.weight), 3)
-    k_pool, v_pool = block.heads(block.pooled_kv(block.pool(x, block.key_grid(grid_of(x)))), 2)
+    k_pool, v_pool = block.heads(block.pooled_kv(block.pool(x, block.key_grid(grid_of_map(x)))), 2)
     bias = None if block.qkv.bias is None else block.qkv.bias.unflatten(0, (3, block.num_heads, -1))
     out = aggregated_attention(q, k, v, k_pool, v_pool, **block.terms(x), input_bias=bias)
     inside, outside = (None, block.proj.bias) if apart else (block.proj.bias, None)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks._attention_weights import AttentionWeights
-from foveal.blocks._checks import Grid, check_heads, check_map, check_positive, check_probability, grid_of, to_grid
+from foveal.blocks._checks import Grid, check_heads, check_map, check_positive, check_probability, grid_of_map, to_grid
 from foveal.blocks._initialization import init_linear
 from foveal.blocks._module import MapModule
 from foveal.blocks._plain import is_plain
@@ -152,7 +152,7 @@ class PixelFocusedAttention(MapModule):
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)  # equations 1-4 and 10-14 are in ops.aggregated_attention, equation 5 in the pool
         q, k, v = self.heads(self.qkv(x), 3)
-        k_pool, v_pool = self.heads(self.pooled_kv(self.pool(x, self.key_grid(grid_of(x)))), 2)
+        k_pool, v_pool = self.heads(self.pooled_kv(self.pool(x, self.key_grid(grid_of_map(x)))), 2)
         drop = self.attn_drop if self.training else 0.0
         x = aggregated_attention(q, k, v, k_pool, v_pool, **self.terms(x), dropout_p=drop)
         return self.proj_drop(self.proj(x.flatten(3)))
@@ -160,7 +160,7 @@ class PixelFocusedAttention(MapModule):
     def attention_weights(self, x: Tensor) -> AttentionWeights:
         """The weights that the values are multiplied with in ``forward(x)``, where they are never stored."""
         check_map(x, self.dim)
-        grid, cells = grid_of(x), (self.window_size, self.window_size)
+        grid, cells = grid_of_map(x), (self.window_size, self.window_size)
         key_grid = self.key_grid(grid)
         q, k, _ = self.heads(self.qkv(x), 3)
         k_pool, _ = self.heads(self.pooled_kv(self.pool(x, key_grid)), 2)
@@ -203,11 +203,11 @@ class PixelFocusedAttention(MapModule):
 
     def _window_bias(self, x: Tensor) -> Tensor | None:
         if self.log_cpb is not None and self._window_log_cpb:
-            return window_bias(self.log_cpb, self.window_size, self.pretrain_grid or grid_of(x), like=x)
+            return window_bias(self.log_cpb, self.window_size, self.pretrain_grid or grid_of_map(x), like=x)
         return self.window_bias
 
     def _pool_bias(self, x: Tensor) -> PositionBias | None:
-        grid = grid_of(x)
+        grid = grid_of_map(x)
         if self.pool_bias is not None:
             return PositionBias.per_key(self.pool_bias, grid)
         if self.log_cpb is None or not self._pool_log_cpb:

@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from foveal.blocks._attention_weights import AttentionWeights
-from foveal.blocks._checks import check_heads, check_map, check_positive, check_probability, grid_of
+from foveal.blocks._checks import check_heads, check_map, check_positive, check_probability, grid_of_map
 from foveal.blocks._convolution import convolve
 from foveal.blocks._initialization import init_convolution, init_linear
 from foveal.blocks._module import MapModule
@@ -65,7 +65,7 @@ class SpatialReductionAttention(MapModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.dim)
-        grid = grid_of(x)
+        grid = grid_of_map(x)
         q, k, v = self._heads(x, self._reduce(x))
         x = dense_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(rearrange(x, "b n (h w) d -> b h w (n d)", h=grid[0])))
@@ -76,7 +76,7 @@ class SpatialReductionAttention(MapModule):
         reduced = self._reduce(x)
         q, k, _ = map(at_least_float32, self._heads(x, reduced))
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
-        pool = rearrange(weights, "b n (h w) (a c) -> b h w n a c", h=grid_of(x)[0], a=grid_of(reduced)[0])
+        pool = rearrange(weights, "b n (h w) (a c) -> b h w n a c", h=grid_of_map(x)[0], a=grid_of_map(reduced)[0])
         return AttentionWeights(None, pool, None)
 
     def _heads(self, x: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +88,6 @@ class SpatialReductionAttention(MapModule):
     def _reduce(self, x: Tensor) -> Tensor:
         if self.sr is None or self.norm is None:
             return x
-        missing_rows, missing_columns = (max(0, self.sr_ratio - side) for side in grid_of(x))
+        missing_rows, missing_columns = (max(0, self.sr_ratio - side) for side in grid_of_map(x))
         x = F.pad(x, (0, 0, 0, missing_columns, 0, missing_rows))
         return self.norm(convolve(self.sr, x))
