@@ -61,14 +61,14 @@ class PositionBias(NamedTuple):
 
     def interpolate(self, query_grid: Grid, key_grid: Grid) -> "PositionBias":
         """Resample bilinearly to other grids, first over the keys, then over the queries. The result is dense."""
-        same = zip((*query_grid, *key_grid), (*self.query_grid, *self.key_grid), strict=True)
-        if all(
-            statically_known_true(wanted == has) for wanted, has in same
-        ):  # no guard on sizes that an export leaves open
+        # Not by the properties, which PyTorch 2.10 cannot trace.
+        (height, key_height), (width, key_width) = shape_of(self.row_index), shape_of(self.column_index)
+        same = zip((*query_grid, *key_grid), (height, width, key_height, key_width), strict=True)
+        if all(statically_known_true(wanted == has) for wanted, has in same):  # no guard on sizes that are left open
             return self
-        bias = self.dense().unflatten(2, self.key_grid)
+        bias = self.dense().unflatten(2, (key_height, key_width))
         bias = F.interpolate(bias, key_grid, mode="bilinear", align_corners=False)
-        bias = bias.flatten(2).transpose(1, 2).unflatten(2, self.query_grid)
+        bias = bias.flatten(2).transpose(1, 2).unflatten(2, (height, width))
         bias = F.interpolate(bias, query_grid, mode="bilinear", align_corners=False)
         bias = bias.flatten(2).transpose(1, 2)
         return PositionBias.from_dense(bias.reshape(-1, *query_grid, *key_grid))
