@@ -59,8 +59,6 @@ class Backbone(nn.Module):
         torch.Size([1, 1000])
     """
 
-    output_fmt = "NHWC"  # of the maps that leave a stage's module, to those who hook it
-
     def __init__(
         self,
         stages: Sequence[Stage],

@@ -42,11 +42,14 @@ def timm_model(
     """
     if not kwargs.get("pretrained_cfg") and timm.get_pretrained_cfg(name) is None:
         kwargs["pretrained_cfg"] = LAYOUT
+    feature_cfg: dict[str, Any] = {"out_indices": out_indices, "feature_cls": "getter"}
+    if kwargs.get("feature_cls", "getter") != "getter":
+        feature_cfg["output_fmt"] = "NHWC"  # as maps leave a stage's module, where hooks and graphs take them
     return build_model_with_cfg(
         build,
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg=feature_cfg,
         **kwargs,
     )
