@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, rand, randint
+from torch import Tensor, arange, rand
 
 from foveal import ops  # noqa: F401  (declares the ops)
 from foveal.ops.compiled import library
@@ -28,8 +28,8 @@ ATTENTION = {
     "query_embedding": rand(2, 8),
     "window_bias": rand(2, 9),
     "pool_bias": rand(2, 6, 7),
-    "pool_rows": randint(6, (4, 2)),
-    "pool_columns": randint(7, (5, 3)),
+    "pool_rows": arange(8).view(4, 2) % 6,  # each entry of the table is looked up
+    "pool_columns": arange(15).view(5, 3) % 7,
     "positional_tokens": rand(2, 8, 9),
     "positional_bias": rand(2, 9),
     "window_size": 3,
