@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.ops.tracing import is_exporting
+
 
 def may_keep_tensors() -> bool:
     """Whether a tensor made now is an ordinary one that later calls may read.
@@ -16,7 +18,7 @@ def may_keep_tensors() -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or is_exporting()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
